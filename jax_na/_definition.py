@@ -52,8 +52,12 @@ def relative_bias(spec: Spec, bias: Array, query_spatial: tuple[int, ...], key_s
     return bias[(..., *indices)]
 
 
-def attention(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
-    """Output ``[*B, *Sq, H, Dv]`` in the input dtype and lse ``[*B, *Sq, H]``."""
+def attention(spec: Spec, inputs: Inputs, halo: Array, weights_dtype: Any = None) -> tuple[Array, Array]:
+    """Output ``[*B, *Sq, H, Dv]`` in the input dtype and lse ``[*B, *Sq, H]``.
+
+    ``weights_dtype`` rounds the attention weights before they meet the values, as a kernel on tensor cores must: the
+    same-precision reference that tolerances in tests are taken from.
+    """
     query, key, value, bias, extra_key, extra_value = inputs
     query_spatial, key_spatial = spec.spatial(query), spec.spatial(key)
     lead, (heads, dim), kv_heads = spec.lead(query), query.shape[-2:], key.shape[-2]
@@ -82,7 +86,8 @@ def attention(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
     row_sum = jnp.sum(weights, -1, keepdims=True)
     lse = (jnp.log(row_sum) + row_max)[..., 0]
     weights = weights / jnp.where(row_sum == 0, 1, row_sum)
-    out = dot("...grqk,...kgd->...qgrd", weights, v.astype(acc))
+    weights_dtype = acc if weights_dtype is None else weights_dtype
+    out = dot("...grqk,...kgd->...qgrd", weights.astype(weights_dtype), v.astype(weights_dtype))
     lse = jnp.moveaxis(lse, -1, len(lead)).reshape(*lead, *query_spatial, heads)
     return out.reshape(*lead, *query_spatial, heads, -1).astype(query.dtype), lse
 

@@ -248,9 +248,9 @@ def make_spec(
     )
     try:
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    except (TypeError, jax.errors.ConcretizationTypeError):
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise TypeError(
-            f"scale must be a Python number or None, got {type(scale).__name__}: multiply query by a traced scale and pass 1.0"
+            f"scale must be a Python number or None, got {scale!r}: multiply query by a traced scale and pass 1.0"
         ) from None
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: it must be finite")

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: named cases, the numpy oracle, tolerances."""

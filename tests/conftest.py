@@ -1,0 +1,26 @@
+"""Eight CPU devices, so that sharding is tested everywhere; skips for machines without a GPU."""
+
+import os
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def _num_gpus() -> int:
+    try:
+        return len(jax.devices("gpu"))
+    except RuntimeError:
+        return 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`gpu` tests need a GPU. JAX_NA_REQUIRE_GPU=1 turns "no GPU: skipped" into a failure, to keep a GPU machine honest."""
+    available = _num_gpus()
+    if not available and os.environ.get("JAX_NA_REQUIRE_GPU") == "1":
+        raise pytest.UsageError("JAX_NA_REQUIRE_GPU=1, but JAX sees no GPU")
+    for item in items:
+        needed = 2 if "multi_gpu" in item.keywords else 1 if {"gpu", "sm90"} & set(item.keywords) else 0
+        if needed > available:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), JAX sees {available}"))

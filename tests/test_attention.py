@@ -1,0 +1,210 @@
+"""One suite over all implementations: values, gradients, exact attended sets, fuzzing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jax_na
+from jax_na import _backends, _definition
+from jax_na._spec import Inputs
+from jax_na.testing import oracle
+from jax_na.testing.cases import CASES, SHORT, Case, random_case
+from jax_na.testing.numerics import relative_error, same_precision, tolerance
+
+CUDA = [name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda")]
+IMPLEMENTATIONS = [pytest.param("xla"), *(pytest.param(name, marks=pytest.mark.gpu) for name in CUDA)]
+over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def serves_or_says_why(implementation: str, case: Case, inputs: Inputs) -> bool:
+    """A case that an implementation does not serve must raise, and then there is nothing more to check."""
+    platform = "cuda" if implementation.startswith("cuda") else "cpu"
+    reason = _backends.IMPLEMENTATIONS[implementation].why_not_on(platform, case.spec(), inputs)
+    if reason is None:
+        return True
+    with pytest.raises(NotImplementedError, match="cannot serve"):
+        call(case, implementation, inputs)
+    return False
+
+
+def call(case: Case, implementation: str | None, inputs: Inputs):
+    return jax_na.neighborhood_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        bias=inputs.bias,
+        additional_keys=inputs.extra_key,
+        additional_values=inputs.extra_value,
+        return_lse=True,
+        implementation=implementation,
+        **case.arguments(),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def values_and_gradients(case: Case, implementation: str, inputs: Inputs, cotangents):
+    values, vjp = jax.vjp(functools.partial(call, case, implementation), inputs)
+    return values, vjp(cotangents)[0]
+
+
+def check(case: Case, implementation: str, dtype) -> None:
+    inputs = case.inputs(dtype)
+    if not serves_or_says_why(implementation, case, inputs):
+        return
+    grad_out, grad_lse = case.cotangents(dtype)
+    (out, lse), grads = values_and_gradients(case, implementation, inputs, (grad_out, grad_lse))
+    truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
+    halo = case.spec().identity_halo(inputs.query)
+    reference, reference_grads = same_precision(case.spec(), inputs, halo, grad_out, grad_lse)
+    assert truth.grads is not None
+    actual = {"out": out, "lse": lse, **grads._asdict()}
+    expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
+    plain = {"out": reference[0], "lse": reference[1], **reference_grads._asdict()}
+    errors = {}
+    for name, value in actual.items():
+        if value is None:
+            continue
+        assert value.dtype == (jnp.float32 if name == "lse" else jnp.dtype(dtype))
+        limit = tolerance(relative_error(plain[name], expected[name]), dtype)
+        errors[name] = (relative_error(value, expected[name]), limit)
+    assert all(error <= limit for error, limit in errors.values()), errors
+
+
+@over_implementations
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32(case, implementation):
+    check(case, implementation, jnp.float32)
+
+
+@over_implementations
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
+def test_half(case, dtype, implementation):
+    check(case, implementation, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", CUDA)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SHORT], ids=lambda case: case.name)
+def test_half_on_gpu(case, dtype, implementation):
+    check(case, implementation, dtype)
+
+
+@over_implementations
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("1d", (61,), 7, dilation=3, dim=8, dim_v=61),
+        Case("1d-causal", (40,), 9, stride=4, is_causal=True, dim=8, dim_v=40),
+        Case("2d", (9, 11), (4, 5), stride=(3, 2), dim=16, dim_v=99),
+        Case("2d-dilated-causal", (11, 9), (3, 4), dilation=(3, 2), is_causal=(False, True), dim=16, dim_v=99),
+        Case("3d", (4, 5, 6), (3, 2, 5), stride=(1, 2, 3), is_causal=(True, False, False), dim=8, dim_v=120),
+        Case("2d-d64", (8, 8), (5, 4), stride=(1, 2), dim=64, dim_v=64),
+    ],
+    ids=lambda case: case.name,
+)
+def test_one_hot_values_recover_the_attended_set(case, implementation):
+    """Exact: a value that is the one-hot code of its token makes out[q] nonzero just at the tokens that q sees."""
+    dtype = jnp.float16 if implementation == "cuda_hopper" else jnp.float32
+    inputs = case.inputs(dtype)
+    tokens = int(np.prod(case.spatial))
+    one_hot = np.broadcast_to(np.eye(tokens, dtype=dtype)[:, None], (tokens, case.kv_heads, tokens))
+    inputs = inputs._replace(value=one_hot.reshape(inputs.value.shape))
+    if not serves_or_says_why(implementation, case, inputs):
+        return
+    out, _ = jax.jit(functools.partial(call, case, implementation))(inputs)
+    seen = np.asarray(out)[0].reshape(tokens, case.heads, tokens) > 0
+    expected = oracle.mask(case.spec(), case.spatial, case.spatial, case.spec().identity_halo(inputs.query))
+    np.testing.assert_array_equal(seen, np.broadcast_to(expected[:, None], seen.shape))
+
+
+@pytest.mark.parametrize(
+    "length, window, causal, expected",
+    [
+        (5, 3, False, [(0, 3), (0, 3), (1, 4), (2, 5), (2, 5)]),
+        (6, 4, False, [(0, 4), (0, 4), (0, 4), (1, 5), (2, 6), (2, 6)]),
+        (5, 3, True, [(0, 1), (0, 2), (0, 3), (1, 4), (2, 5)]),
+    ],
+)
+def test_windows_of_the_contract(length, window, causal, expected):
+    spec = Case("", (length,), window, is_causal=causal).spec()
+    seen = oracle.mask(spec, (length,), (length,), np.array([[0, 0, length]]))
+    assert [(int(row.argmax()), int(row.argmax() + row.sum())) for row in seen] == expected
+
+
+def test_dilated_window_of_the_contract():
+    seen = oracle.mask(Case("", (7,), 3, dilation=2).spec(), (7,), (7,), np.array([[0, 0, 7]]))
+    assert np.flatnonzero(seen[6]).tolist() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_definition_and_the_numpy_oracle_agree(case):
+    with jax.enable_x64(True):
+        inputs = case.inputs(np.float64)
+        grad_out, grad_lse = case.cotangents(np.float64)
+        grad_lse = grad_lse.astype(np.float64)
+        halo = case.spec().identity_halo(inputs.query)
+
+        @jax.jit
+        def run(inputs):
+            values, vjp = jax.vjp(lambda x: _definition.attention(case.spec(), x, halo), inputs)
+            return values, vjp((grad_out, grad_lse))[0]
+
+        actual = run(inputs)
+    truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), actual, ((truth.out, truth.lse), truth.grads)
+    )
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_fuzz(seed):
+    check(random_case(seed, max_tokens=250), "xla", jnp.float32)
+
+
+@over_implementations
+def test_large_scores_stay_finite(implementation):
+    case = Case("large", (12, 13), (5, 4), dim=32)
+    dtype = jnp.bfloat16 if implementation == "cuda_hopper" else jnp.float32
+    inputs = case.inputs(dtype)
+    inputs = inputs._replace(query=inputs.query * 100, key=inputs.key * 100)
+    values, grads = values_and_gradients(case, implementation, inputs, case.cotangents(dtype))
+    assert float(np.abs(values[1]).max()) > 1e4
+    assert all(bool(np.all(np.isfinite(x.astype(np.float32)))) for x in jax.tree.leaves((values, grads)))
+
+
+@over_implementations
+def test_nan_outside_every_window_of_a_query_does_not_reach_it(implementation):
+    case = Case("nan", (16, 18), (5, 4), dim=32)
+    inputs = case.inputs(jnp.bfloat16 if implementation == "cuda_hopper" else jnp.float32)
+    key, value = inputs.key.copy(), inputs.value.copy()
+    key[:, 3, 4], value[:, 3, 4] = np.nan, np.nan
+    out, lse = jax.jit(functools.partial(call, case, implementation))(inputs._replace(key=key, value=value))
+    out, lse = np.asarray(out, np.float32), np.asarray(lse)
+    expected = oracle.mask(case.spec(), case.spatial, case.spatial, case.spec().identity_halo(inputs.query))
+    reached = expected[:, 3 * 18 + 4].reshape(case.spatial)
+    np.testing.assert_array_equal(np.isnan(out).all((0, 3, 4)), reached)
+    np.testing.assert_array_equal(np.isnan(out).any((0, 3, 4)), reached)
+    np.testing.assert_array_equal(np.isnan(lse).all((0, 3)), reached)
+
+
+@over_implementations
+def test_gradient_of_the_output_alone(implementation):
+    """Without a cotangent of lse the backward takes a path of its own."""
+    case = Case("plain", (9, 10), 3)
+    dtype = jnp.bfloat16 if implementation == "cuda_hopper" else jnp.float32
+    inputs = case.inputs(dtype)
+    grad_out, _ = case.cotangents(dtype)
+    grads = jax.jit(jax.grad(lambda x: jnp.vdot(call(case, implementation, x)[0], grad_out).astype(jnp.float32)))(inputs)
+    truth = oracle.attention(case.spec(), inputs, None, grad_out)
+    assert truth.grads is not None
+    for name in ("query", "key", "value"):
+        limit = 2e-2 if implementation.startswith("cuda") else 1e-5  # a GPU's default precision: TF32 or the input's bf16
+        assert relative_error(getattr(grads, name), getattr(truth.grads, name)) < limit, name
