@@ -1,0 +1,198 @@
+"""The layers, NNX and Linen: against the definition, against each other, under transforms, and their errors."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import flax_layers
+import jax_na
+from flax_layers import _functional, linen
+
+GEOMETRIES = [
+    {"window_size": (5,), "dilation": 2},
+    {"window_size": (3, 5), "stride": (1, 2), "is_causal": (True, False)},
+    {"window_size": 3, "rank": 3, "dilation": (1, 2, 1)},
+]
+LENGTHS = {1: (13,), 2: (7, 9), 3: (4, 7, 5)}
+
+
+def tokens(rank: int, features: int = 16, batch: int = 2, dtype=jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (batch, *LENGTHS[rank], features), dtype)
+
+
+def by_hand(layer: flax_layers.NeighborhoodAttention, x: jax.Array) -> jax.Array:
+    """The layer, written out with the reference implementation."""
+    h, g, d = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    qkv = x @ layer.qkv.kernel[...] + (0 if layer.qkv.bias is None else layer.qkv.bias[...])
+    q, k, v = jnp.split(qkv, [h * d, (h + g) * d], -1)
+    geometry = layer.geometry
+    out = jax_na.neighborhood_attention(
+        q.reshape(*x.shape[:-1], h, d),
+        k.reshape(*x.shape[:-1], g, d),
+        v.reshape(*x.shape[:-1], g, d),
+        geometry.window,
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        is_causal=geometry.is_causal,
+        scale=layer.scale,
+        bias=None if layer.rpb is None else layer.rpb[...],
+        implementation="reference",
+    )
+    return out.reshape(*x.shape[:-1], h * d) @ layer.proj.kernel[...] + (
+        0 if layer.proj.bias is None else layer.proj.bias[...]
+    )
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["1d", "2d", "3d"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"relative_bias": True}, {"num_kv_heads": 2, "head_dim": 6, "use_bias": False}, {"scale": 0.3, "qkv_bias": False}],
+    ids=["plain", "rpb", "gqa", "scale"],
+)
+def test_layer_is_the_definition_between_two_projections(geometry, options):
+    layer = flax_layers.NeighborhoodAttention(
+        16, 4, **geometry, **options, bias_init=nnx.initializers.normal(0.5), rngs=nnx.Rngs(0)
+    )
+    x = tokens(layer.geometry.rank)
+    np.testing.assert_allclose(layer(x), by_hand(layer, x), atol=2e-5)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["1d", "2d", "3d"])
+def test_linen_and_nnx_agree(geometry):
+    options = {"relative_bias": True, "num_kv_heads": 2, **geometry}
+    layer = flax_layers.NeighborhoodAttention(16, 4, **options, rngs=nnx.Rngs(0))
+    x = tokens(layer.geometry.rank)
+    module = linen.NeighborhoodAttention(4, **options)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    assert jax.tree.map(jnp.shape, {"params": params}) == jax.tree.map(lambda leaf: leaf.shape, shapes)
+    np.testing.assert_allclose(module.apply({"params": params}, x), layer(x), atol=1e-6)
+
+
+def test_hydra_groups_have_their_own_geometry_and_bias():
+    """5 heads in 3 groups (1, 2, 2); groups 0 and 2 share a geometry, so two calls serve, and heads stay in order."""
+    layer = flax_layers.HydraNeighborhoodAttention(20, 5, [3, 5, 3], [1, 2, 1], rank=2, rngs=nnx.Rngs(0))
+    assert layer.heads_per_group == (1, 2, 2)
+    assert [rpb.shape for rpb in layer.rpb] == [(1, 5, 5), (2, 9, 9), (2, 5, 5)]
+    x = jax.random.normal(jax.random.key(0), (2, 10, 11, 20))
+    q, k, v = _functional.split_heads(layer.qkv(x), 5, 5, 4)
+    outs, first = [], 0
+    for size, geometry, rpb in zip(layer.heads_per_group, layer.geometries, layer.rpb, strict=True):
+        heads = slice(first, first + size)
+        outs.append(
+            jax_na.neighborhood_attention(
+                q[..., heads, :],
+                k[..., heads, :],
+                v[..., heads, :],
+                geometry.window,
+                dilation=geometry.dilation,
+                bias=rpb[...],
+                implementation="reference",
+            )
+        )
+        first += size
+    expected = layer.proj(_functional.merge_heads(jnp.concatenate(outs, -2)))
+    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+    calls = _functional.distinct_calls(layer.geometries, layer.heads_per_group)
+    assert [call.heads for call in calls] == [(0, 3, 4), (1, 2)]
+
+    module = linen.HydraNeighborhoodAttention(5, (3, 5, 3), (1, 2, 1), rank=2)
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    params |= {f"rpb_{group}": rpb for group, rpb in params.pop("rpb").items()}
+    np.testing.assert_allclose(module.apply({"params": params}, x), layer(x), atol=1e-6)
+
+
+def test_jit_grad_vmap_bf16_and_eval_shape():
+    def make(dtype=None):
+        return flax_layers.NeighborhoodTransformerBlock(
+            16, 4, (3, 5), relative_bias=True, layer_scale=1e-1, dtype=dtype, rngs=nnx.Rngs(0)
+        )
+
+    block, x = make(), tokens(2)
+    y = block(x)
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(block, x), y, atol=1e-5)
+    grads = nnx.grad(lambda m: jnp.mean(m(x) ** 2))(block)
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    stacked = jnp.stack([x, x + 1])
+    mapped = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(block, stacked)
+    np.testing.assert_allclose(mapped[0], y, atol=1e-5)
+    half = make(jnp.bfloat16)
+    assert half.attn.rpb.dtype == jnp.float32 and half(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(half(x.astype(jnp.bfloat16)).astype(jnp.float32), y, atol=0.1)
+    abstract = nnx.eval_shape(make)
+    assert abstract.attn.rpb.shape == (4, 5, 9)
+
+
+def test_linen_block_agrees_with_the_nnx_block():
+    block = flax_layers.NeighborhoodTransformerBlock(16, 4, (3, 5), dilation=(1, 1), layer_scale=0.5, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(block, nnx.Param))
+    params |= params.pop("mlp")
+    module = linen.NeighborhoodTransformerBlock(4, (3, 5), layer_scale=0.5)
+    np.testing.assert_allclose(module.apply({"params": params}, tokens(2)), block(tokens(2)), atol=1e-5)
+
+
+def test_projection_dropout_and_stochastic_depth_follow_train_and_eval():
+    x = tokens(2, batch=8)
+    layer = flax_layers.NeighborhoodAttention(16, 4, (3, 3), projection_dropout_rate=0.5, rngs=nnx.Rngs(0, dropout=1))
+    dropped = np.mean(np.asarray(layer(x)) == 0)
+    assert 0.4 < dropped < 0.6
+    layer.eval()
+    assert np.mean(np.asarray(layer(x)) == 0) < 0.01
+    block = flax_layers.NeighborhoodTransformerBlock(16, 4, (3, 3), drop_path_rate=0.5, rngs=nnx.Rngs(0, dropout=3))
+    kept = np.any(np.asarray(block(x) != x), axis=(1, 2, 3))
+    assert 0 < kept.sum() <= 8
+    np.testing.assert_array_equal(block(x, deterministic=True), block(x, deterministic=True))
+
+
+def test_fit_rules():
+    geometry = _functional.make_geometry((7, 7), dilation=(8, 2))
+    with pytest.warns(flax_layers.WindowFitWarning, match=r"dilation=\(4, 2\)"):
+        assert _functional.fit_geometry(geometry, (28, 28), "shrink")[0].dilation == (4, 2)
+    assert _functional.shrink_to_fit(geometry, (6, 14)) == _functional.make_geometry((5, 7), dilation=(1, 2))
+    with pytest.raises(ValueError, match=r"\(56, 14\) exceeds the input's \(28, 28\).*fit='shrink'"):
+        _functional.fit_geometry(geometry, (28, 28), "error")
+    for fit in ("shrink", "pad"):
+        layer = flax_layers.NeighborhoodAttention(16, 4, (7, 7), dilation=2, relative_bias=True, fit=fit, rngs=nnx.Rngs(0))
+        with pytest.warns(flax_layers.WindowFitWarning):
+            assert layer(jnp.ones((1, 6, 9, 16))).shape == (1, 6, 9, 16)
+    bias = jnp.arange(13.0)[None]
+    np.testing.assert_array_equal(_functional.crop_bias(bias, (5,)), bias[:, 2:11])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((16, 4, 7), {}, "window_size=7 is a scalar"),
+        ((16, 4, (7, 7)), {"rank": 3}, "rank=3 contradicts"),
+        ((16, 3, (7, 7)), {}, "in_features=16 is not a multiple of num_heads=3"),
+        ((16, 4, (7, 7)), {"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
+        ((16, 4, (7, 7)), {"stride": 8}, "stride=8 on spatial axis 0 exceeds window_size=7"),
+        ((16, 4, (7, 7)), {"dilation": (1, 0)}, "dilation=0 on spatial axis 1"),
+        ((16, 4, (6, 7)), {"relative_bias": True}, "needs an odd window_size"),
+        ((16, 4, (7, 7)), {"fit": "crop"}, "fit='crop' is unknown"),
+        ((16, 4, (7, 7)), {"dropout_rate": 1.5}, "dropout rate 1.5"),
+        ((16, 4, (3, 3, 3, 3)), {}, "rank=4"),
+    ],
+    ids=lambda value: None,
+)
+def test_illegal_arguments(arguments, error, message):
+    with pytest.raises(ValueError, match=message):
+        flax_layers.NeighborhoodAttention(*arguments, **error, rngs=nnx.Rngs(0))
+
+
+def test_illegal_inputs():
+    layer = flax_layers.NeighborhoodAttention(16, 4, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"expects \[batch, height, width, features\]"):
+        layer(jnp.ones((2, 9, 16)))
+    with pytest.raises(ValueError, match="8 features, the layer has in_features=16"):
+        layer(jnp.ones((2, 9, 9, 8)))
+    with pytest.raises(ValueError, match="exceeds the input's"):
+        layer(jnp.ones((2, 2, 9, 16)))
+    with pytest.raises(TypeError, match="window_size must be an integer"):
+        flax_layers.NeighborhoodAttention(16, 4, (3.5, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="6 window groups for num_heads=4"):
+        flax_layers.HydraNeighborhoodAttention(16, 4, [3] * 6, rank=2, rngs=nnx.Rngs(0))
