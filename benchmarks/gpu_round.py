@@ -1,0 +1,163 @@
+"""The whole round on a GPU: tests, sanitizer, benchmark rows; writes one JSON file that is committed.
+
+Usage: python -m benchmarks.gpu_round --out benchmarks/results/h200/latest.json [--commit HASH] [--skip tests sanitizer rows]
+  [--implementations cuda cuda_fused ...] [--problems REGEX] [--dtypes bfloat16 float32]
+
+Exit status 1 if a test failed or was skipped, or the sanitizer found an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+from benchmarks.problems import NEIGHBOURS, PROBLEMS, bound_ms, useful_flop
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run_tests(arguments: list[str]) -> dict[str, Any]:
+    """The `gpu` tests, none of which may be skipped."""
+    report = pathlib.Path("gpu_tests.xml").resolve()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", "tests", *arguments]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(process.stdout[-6000:], process.stderr[-2000:])
+    import xml.etree.ElementTree as ElementTree
+
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    number = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = number["failures"] + number["errors"]
+    return {"passed": number["tests"] - failed - number["skipped"], "failed": failed, "skipped": number["skipped"]}
+
+
+def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
+    """compute-sanitizer memcheck and racecheck over benchmarks/sanitizer_cases.py."""
+    result: dict[str, Any] = {}
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        command += [sys.executable, "-m", "benchmarks.sanitizer_cases", *implementations]
+        start = time.time()
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        text = process.stdout + process.stderr
+        summary = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
+        clean = process.returncode == 0 and "all cases ran" in text
+        result[tool] = {"clean": clean, "summary": summary[-1] if summary else text[-500:], "seconds": round(time.time() - start)}
+        if not clean:
+            print(text[-4000:])
+    return result
+
+
+def run_rows(implementations: list[str], problems: str, dtypes: list[str], neighbours: bool) -> list[dict[str, Any]]:
+    import jax.numpy as jnp
+
+    from benchmarks.measure import time_case
+
+    cases = {**PROBLEMS, **(NEIGHBOURS if neighbours else {})}
+    rows = []
+    print(f"{'problem':26s} {'dtype':9s} {'implementation':15s} pass {'ms':>9s} {'TFLOP/s':>8s} {'x bound':>8s} {'error':>8s}")
+    for name, case in cases.items():
+        if not re.search(problems, name):
+            continue
+        for dtype in dtypes:
+            for implementation in implementations:
+                try:
+                    times = time_case(case, jnp.dtype(dtype), implementation, ("fwd", "bwd"))
+                except NotImplementedError as reason:
+                    print(f"{name:26s} {dtype:9s} {implementation:15s} {str(reason)[:90]}")
+                    continue
+                except Exception:
+                    traceback.print_exc(limit=3)
+                    continue
+                for which, value in times.items():
+                    tflops = useful_flop(case, which == "bwd") / value["ms"] * 1e-9
+                    bound = bound_ms(case, which == "bwd")
+                    rows.append(
+                        {
+                            "problem": name,
+                            "dtype": dtype,
+                            "implementation": implementation,
+                            "pass": which,
+                            "ms": round(value["ms"], 5),
+                            "useful_tflops": round(tflops, 2),
+                            "bound_ms": round(bound, 4),
+                            "max_error": float(f"{value['max_error']:.3g}"),
+                        }
+                    )
+                    print(
+                        f"{name:26s} {dtype:9s} {implementation:15s} {which}  {value['ms']:9.4f} {tflops:8.1f} "
+                        f"{value['ms'] / bound:8.2f} {value['max_error']:8.1e}",
+                        flush=True,
+                    )
+    return rows
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "jax_na", "flax", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "source tree"
+    found["python"] = sys.version.split()[0]
+    return found
+
+
+def gpu_name() -> dict[str, str]:
+    query = "name,driver_version,memory.total"
+    text = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    return dict(zip(query.split(","), (x.strip() for x in text.stdout.splitlines()[0].split(",")), strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "sanitizer", "rows"])
+    parser.add_argument("--implementations", nargs="*", default=["cuda", "cuda_fused", "cuda_naive"])
+    parser.add_argument("--problems", default=".")
+    parser.add_argument("--neighbours", action="store_true")
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
+    parser.add_argument("--pytest", nargs="*", default=[])
+    arguments = parser.parse_args()
+    commit = arguments.commit or subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    out = pathlib.Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    result |= {"commit": commit, "versions": versions(), "gpu": gpu_name()}
+
+    def save() -> None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+    if "tests" not in arguments.skip:
+        result["tests"] = run_tests(arguments.pytest)
+        print("tests:", result["tests"])
+        save()
+    if "sanitizer" not in arguments.skip:
+        result["sanitizer"] = run_sanitizer(arguments.implementations)
+        print("sanitizer:", result["sanitizer"])
+        save()
+    if "rows" not in arguments.skip:
+        rows = run_rows(arguments.implementations, arguments.problems, arguments.dtypes, arguments.neighbours)
+        measured = {(r["problem"], r["dtype"], r["implementation"]) for r in rows}
+        kept = [r for r in result.get("rows", []) if (r["problem"], r["dtype"], r["implementation"]) not in measured]
+        result["rows"] = kept + rows
+        save()
+    tests, sanitizer = result.get("tests", {}), result.get("sanitizer", {})
+    bad = tests.get("failed", 0) or tests.get("skipped", 0) or not all(x["clean"] for x in sanitizer.values())
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

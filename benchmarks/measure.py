@@ -1,0 +1,167 @@
+"""Device time of whole jitted calls, and errors on sampled tokens of problems too large for a dense reference."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_na import _primitives
+from jax_na._spec import Inputs, Spec
+from jax_na._window import visible
+from jax_na.testing.cases import Case
+from jax_na.testing.numerics import relative_error
+
+Array = Any
+
+# Inputs rotate among sets that together exceed the 60 MB of L2, as they would in a model.
+_ROTATION_BYTES = 256 << 20
+_TARGET_SECONDS = 0.02
+
+
+def random_inputs(case: Case, dtype: Any, seed: int) -> tuple[Inputs, Array]:
+    """Operands and cotangent of out, made on the device."""
+    shapes = case.shapes()
+    keys = iter(jax.random.split(jax.random.key(seed), len(shapes) + 1))
+    inputs = Inputs(**{name: jax.random.normal(next(keys), shape, dtype) for name, shape in shapes.items()})
+    out_shape = (*shapes["query"][:-1], shapes["value"][-1])
+    return inputs, jax.random.normal(next(keys), out_shape, dtype)
+
+
+def forward(spec: Spec, inputs: Inputs) -> tuple[Array, Array]:
+    return _primitives.forward(spec, inputs, spec.identity_halo(inputs.query))
+
+
+def backward(spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array) -> list[Array]:
+    """The backward pass alone, residuals given."""
+    flat = [x for x in inputs if x is not None]
+    halo = jnp.asarray(spec.identity_halo(inputs.query))
+    return _primitives.na_backward_p.bind(
+        *flat,
+        out,
+        lse,
+        grad_out,
+        halo,
+        spec=spec,
+        has_bias=inputs.bias is not None,
+        has_extra=inputs.extra_key is not None,
+        has_grad_lse=False,
+    )
+
+
+def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], repeats: int = 7) -> float:
+    """Median milliseconds of one call of ``function``: several calls on rotating argument sets in one program, so that the
+    device runs them back to back and the host's dispatch disappears."""
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(program(sets, count))
+        return time.perf_counter() - start
+
+    compiled: dict[int, Any] = {}
+
+    def program(sets: list[tuple[Any, ...]], count: int) -> Any:
+        if count not in compiled:
+            compiled[count] = jax.jit(lambda sets: [function(*args) for args in sets[:count]])
+            jax.block_until_ready(compiled[count](sets))
+        return compiled[count](sets)
+
+    run(1)
+    single = min(run(1) for _ in range(3))
+    count = max(1, min(len(sets), int(_TARGET_SECONDS / single) + 1))
+    run(count)
+    return 1e3 * statistics.median(run(count) for _ in range(repeats)) / count
+
+
+def time_case(case: Case, dtype: Any, implementation: str | None, passes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem."""
+    spec = case.spec(implementation=implementation)
+    first = random_inputs(case, dtype, 0)
+    set_bytes = sum(x.nbytes for x in first[0] if x is not None) * 2
+    num_sets = int(np.clip(_ROTATION_BYTES // set_bytes, 2, 48)) if set_bytes < (2 << 30) else 1
+    sets = [first, *(random_inputs(case, dtype, seed) for seed in range(1, num_sets))]
+    run_forward = jax.jit(lambda inputs: forward(spec, inputs))
+    result: dict[str, dict[str, float]] = {}
+    residuals = [run_forward(inputs) for inputs, _ in sets]
+    out, lse = residuals[0]
+    if "fwd" in passes:
+        ms = device_ms(lambda inputs: forward(spec, inputs), [(inputs,) for inputs, _ in sets])
+        result["fwd"] = {"ms": ms, "max_error": sampled_forward_error(case, first[0], out)}
+    if "bwd" in passes:
+        sets = [(inputs, o, l, grad) for (inputs, grad), (o, l) in zip(sets, residuals, strict=True)]
+        ms = device_ms(lambda *args: backward(spec, *args), sets)
+        grads = jax.jit(lambda *args: backward(spec, *args))(*sets[0])
+        result["bwd"] = {"ms": ms, "max_error": sampled_backward_error(case, first[0], out, lse, first[1], grads)}
+    return result
+
+
+def _head(array: Array, head: int) -> np.ndarray:
+    """``[*S, D]`` of batch entry 0 and one head, float64 on the host."""
+    return np.asarray(array[0, ..., head, :]).astype(np.float64)
+
+
+def _seen(case: Case, axis: int) -> np.ndarray:
+    spec, positions = case.spec(), np.arange(case.spatial[axis])
+    return visible(
+        positions,
+        positions,
+        case.spatial[axis],
+        spec.window[axis],
+        spec.stride[axis],
+        spec.dilation[axis],
+        spec.is_causal[axis],
+        np,
+    )
+
+
+def _samples(case: Case, count: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(0)
+    corners = [(0,) * len(case.spatial), tuple(s - 1 for s in case.spatial)]
+    return corners + [tuple(int(rng.integers(s)) for s in case.spatial) for _ in range(count - 2)]
+
+
+def sampled_forward_error(case: Case, inputs: Inputs, out: Array, count: int = 64) -> float:
+    """Largest error of out over sampled tokens of one head, relative to the largest exact value."""
+    query, key, value, actual = (_head(x, -1) for x in (inputs.query, inputs.key, inputs.value, out))
+    rows = [_seen(case, axis) for axis in range(len(case.spatial))]
+    exact, got = [], []
+    for token in _samples(case, count):
+        window = np.ix_(*(np.flatnonzero(row[x]) for row, x in zip(rows, token, strict=True)))
+        k, v = key[window].reshape(-1, case.dim), value[window].reshape(-1, value.shape[-1])
+        scores = k @ query[token] * case.spec().scale
+        weights = np.exp(scores - scores.max())
+        exact.append(weights @ v / weights.sum())
+        got.append(actual[token])
+    return relative_error(np.stack(got), np.stack(exact))
+
+
+def sampled_backward_error(
+    case: Case, inputs: Inputs, out: Array, lse: Array, grad_out: Array, grads: list[Array], count: int = 32
+) -> float:
+    """Largest error of the three gradients over sampled tokens of one head, each relative to its largest exact value."""
+    query, key, value, o, do = (_head(x, -1) for x in (inputs.query, inputs.key, inputs.value, out, grad_out))
+    row_lse = np.asarray(lse[0, ..., -1]).astype(np.float64)
+    delta = np.sum(o * do, -1)
+    actual = [_head(x, -1) for x in grads[:3]]
+    rows = [_seen(case, axis) for axis in range(len(case.spatial))]
+    scale, dim, dim_v = case.spec().scale, case.dim, value.shape[-1]
+    exact: list[list[np.ndarray]] = [[], [], []]
+    tokens = _samples(case, count)
+    for token in tokens:
+        window = np.ix_(*(np.flatnonzero(row[x]) for row, x in zip(rows, token, strict=True)))
+        k, v = key[window].reshape(-1, dim), value[window].reshape(-1, dim_v)
+        weights = np.exp(k @ query[token] * scale - row_lse[token])
+        exact[0].append((weights * (v @ do[token] - delta[token])) @ k * scale)
+        reach = np.ix_(*(np.flatnonzero(row[:, x]) for row, x in zip(rows, token, strict=True)))
+        q, g = query[reach].reshape(-1, dim), do[reach].reshape(-1, dim_v)
+        weights = np.exp(q @ key[token] * scale - row_lse[reach].ravel())
+        exact[2].append(weights @ g)
+        exact[1].append((weights * (g @ value[token] - delta[reach].ravel())) @ q * scale)
+    return max(
+        relative_error(np.stack([a[token] for token in tokens]), np.stack(e)) for a, e in zip(actual, exact, strict=True)
+    )
