@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all a newcomer needs; each makes its own environment from nothing but Python >= 3.11.
+# On a machine with a GPU and nvcc the CUDA lane is built; elsewhere the XLA implementation serves. CUDA=AUTO|ON|OFF overrides.
+PYTHON ?= python3
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+CUDA ?= $(if $(HAS_GPU),AUTO,OFF)
+comma := ,
+GPU_EXTRA := $(if $(HAS_GPU),$(comma)cuda)
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda jax_na flax_layers -type f -not -name '*.pyc' 2>/dev/null)
+
+.PHONY: demo test lint cuda clean
+
+demo: .venv-demo/installed
+	.venv-demo/bin/python -m examples.demo
+
+test: .venv-test/installed
+	.venv-test/bin/python -m pytest -n 2 tests
+
+lint: .venv-lint/installed
+	.venv-lint/bin/ruff check .
+	.venv-lint/bin/ruff format --check .
+	.venv-lint/bin/clang-format --dry-run --Werror $(shell git ls-files 'cuda/*.h' 'cuda/*.cuh' 'cuda/*.cu' 'cuda/*.cc' 'tests/*.cpp')
+	.venv-lint/bin/mypy
+
+# The CUDA lane on a machine with nvcc (no GPU needed to build it), and the tests of its lowering.
+cuda: .venv-cuda/installed
+	.venv-cuda/bin/python -c "import jax_na; print(jax_na.cuda_status())"
+	.venv-cuda/bin/python -m pytest tests/test_cuda_lowering.py
+
+.venv-demo/installed: EXTRAS = demo
+.venv-test/installed: EXTRAS = test
+.venv-lint/installed: EXTRAS = dev,test
+.venv-cuda/installed: EXTRAS = test
+.venv-lint/installed: CUDA = OFF
+.venv-cuda/installed: CUDA = ON
+
+.venv-%/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet -Ccmake.define.JAX_NA_CUDA=$(CUDA) ".[$(EXTRAS)$(GPU_EXTRA)]"
+	touch $@
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-lint .venv-cuda build
