@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "macros.h"
+
 namespace jax_na {
 
 constexpr int kMaxRank = 3;
@@ -43,9 +45,9 @@ struct Problem {
   int32_t num_extra = 0;  // additional keys per batch entry
   float scale = 1.0f;     // multiplies q.k before the softmax; the natural-log lse includes it
 
-  int64_t q_tokens() const { return int64_t(axis[0].q_len) * axis[1].q_len * axis[2].q_len; }
-  int64_t kv_tokens() const { return int64_t(axis[0].kv_len) * axis[1].kv_len * axis[2].kv_len; }
-  int64_t window_volume() const { return int64_t(axis[0].window) * axis[1].window * axis[2].window; }
+  JAX_NA_HOST_DEVICE int64_t q_tokens() const { return int64_t(axis[0].q_len) * axis[1].q_len * axis[2].q_len; }
+  JAX_NA_HOST_DEVICE int64_t kv_tokens() const { return int64_t(axis[0].kv_len) * axis[1].kv_len * axis[2].kv_len; }
+  JAX_NA_HOST_DEVICE int64_t window_volume() const { return int64_t(axis[0].window) * axis[1].window * axis[2].window; }
 };
 
 }  // namespace jax_na

@@ -1,0 +1,15 @@
+// The XLA FFI handlers: one per custom-call target.
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_na {
+
+// jax_na_forward: (query, key, value[, bias][, extra_key, extra_value], halo) -> (out, lse, workspace)
+XLA_FFI_Error* forward_handler(XLA_FFI_CallFrame* call_frame);
+
+// jax_na_backward: (query, key, value[, bias][, extra_key, extra_value], out, lse, grad_out[, grad_lse], halo)
+//   -> (grad_query, grad_key, grad_value[, grad_bias][, grad_extra_key, grad_extra_value], workspace)
+XLA_FFI_Error* backward_handler(XLA_FFI_CallFrame* call_frame);
+
+}  // namespace jax_na
