@@ -9,8 +9,9 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda jax_na flax_layers -t
 
 .PHONY: demo test lint cuda clean
 
+# A script, not -m: so that the installed package with its CUDA lane is imported, not the checkout.
 demo: .venv-demo/installed
-	.venv-demo/bin/python -m examples.demo
+	.venv-demo/bin/python examples/demo.py
 
 test: .venv-test/installed
 	.venv-test/bin/python -m pytest -n 2 tests
