@@ -7,10 +7,12 @@ for, never by the machine that traces. A named one that cannot serve raises ``No
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from jax_na import _definition, _xla
+from jax_na import _cuda, _definition, _xla
 from jax_na._spec import Inputs, Spec
 
 
@@ -43,7 +45,7 @@ def _serves(spec: Spec, inputs: Inputs) -> str | None:
     return None
 
 
-# In order of preference: with implementation=None the first that serves is taken. "reference" is never chosen by itself.
+# In order of preference: with implementation=None the first that serves is taken. Those after "xla" only run when named.
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
@@ -51,7 +53,16 @@ def register(implementation: Implementation) -> None:
     IMPLEMENTATIONS[implementation.name] = implementation
 
 
+def _register_cuda(name: str, family: str | None) -> None:
+    """``family=None``: the best kernel family for the device of the call."""
+    why_not, forward, backward = (functools.partial(f, family) for f in (_cuda.why_not, _cuda.forward, _cuda.backward))
+    register(Implementation(name, ("cuda",), why_not, forward, backward))
+
+
+_register_cuda("cuda", None)
 register(Implementation("xla", None, _serves, _xla.forward, _xla.backward))
+for _family in _cuda.FAMILIES:
+    _register_cuda(f"cuda_{_family.name}", _family.name)
 register(Implementation("reference", None, _serves, _definition.forward, _definition.backward))
 
 
@@ -60,16 +71,31 @@ def check_name(name: str | None) -> None:
         raise ValueError(f"implementation={name!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}")
 
 
+@functools.cache
+def _warn_that_xla_serves(missing: str) -> None:
+    warnings.warn(
+        f"neighborhood attention runs on the GPU through XLA, not through CUDA kernels, which are not available: {missing}. "
+        'Pass implementation="xla" to choose this without a warning.',
+        stacklevel=2,
+    )
+
+
 def choose(platform: str | None, spec: Spec, inputs: Inputs) -> Implementation:
     """The implementation that serves this call on ``platform`` (``None``: checked without a platform, at trace time)."""
     check_name(spec.implementation)
     if spec.implementation is not None:
         named = IMPLEMENTATIONS[spec.implementation]
         reason = named.why_not_on(platform, spec, inputs)
+        if reason is None and platform == "cuda" and named.platforms is not None:
+            reason = _cuda.missing_here()  # without a GPU here this is lowered for another machine, which may have the lane
         if reason is not None:
             raise NotImplementedError(f"implementation={named.name!r} cannot serve this call: {reason}")
         return named
     for candidate in IMPLEMENTATIONS.values():
-        if candidate.why_not_on(platform, spec, inputs) is None:
-            return candidate
+        if candidate.why_not_on(platform, spec, inputs) is not None:
+            continue
+        if platform == "cuda" and candidate.platforms is not None and (missing := _cuda.lane().missing) is not None:
+            _warn_that_xla_serves(missing)
+            continue
+        return candidate
     raise AssertionError("the XLA implementation serves every call")

@@ -1,0 +1,296 @@
+"""The CUDA lane: the extension that holds the kernels, what each kernel family serves, and the custom calls.
+
+A call that is lowered for ``cuda`` becomes one XLA custom call (``jax_na_forward`` or ``jax_na_backward``) with its static
+description as attributes (``cuda/ffi/attributes.h``). Among them is an ordered list of candidate families: Python knows what serves
+a call statically, the handler knows the GPU it runs on and takes the first candidate for it. So a machine without a GPU can lower and
+export for one, and a program runs on different GPUs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export, lax
+
+from jax_na import _extras
+from jax_na._spec import Inputs, Spec
+
+Array = Any
+
+FORWARD_TARGET = "jax_na_forward"
+BACKWARD_TARGET = "jax_na_backward"
+DTYPES = ("float16", "bfloat16", "float32")
+
+# Pass as ``disabled_checks`` to ``jax.export.export``: jax does not know these custom calls to be stable.
+EXPORT_SAFETY_CHECKS = tuple(export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD_TARGET, BACKWARD_TARGET))
+
+
+# --- the extension ---------------------------------------------------------------------------------------------------
+
+
+def _runtime_ffi_version() -> tuple[int, int] | None:
+    """FFI API version of the installed jaxlib, read from the headers it ships."""
+    import jaxlib
+
+    header = Path(jaxlib.__path__[0]) / "include/xla/ffi/api/c_api.h"
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    return (int(found[0][1]), int(found[1][1])) if found[0] and found[1] else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """What became of loading the extension: ``missing`` says why it cannot be used, ``None`` if it can."""
+
+    missing: str | None
+    families: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.missing is not None:
+            return f"CUDA kernels are not available: {self.missing}"
+        return f"CUDA kernels are available: {', '.join(self.families)}"
+
+
+@functools.cache
+def lane() -> Lane:
+    """Load the extension and register its handlers with XLA, once. Never raises."""
+    try:
+        extension = importlib.import_module("jax_na._cuda_kernels")
+    except ModuleNotFoundError:
+        return Lane(
+            "this installation of jax_na was built without them; install the CUDA toolkit (nvcc) and reinstall with "
+            "pip install --force-reinstall --no-deps jax_na -Ccmake.define.JAX_NA_CUDA=ON"
+        )
+    except Exception as error:  # an extension for another platform, Python or C++ runtime
+        return Lane(f"the extension does not load ({type(error).__name__}: {error}); reinstall jax_na")
+    built, runtime = tuple(extension.ffi_api_version()), _runtime_ffi_version()
+    if runtime is not None and (built[0] != runtime[0] or built[1] > runtime[1]):
+        return Lane(
+            f"the extension was compiled with XLA's FFI API {built[0]}.{built[1]} and the installed jaxlib has "
+            f"{runtime[0]}.{runtime[1]}; upgrade jaxlib, or rebuild jax_na against jaxlib's headers"
+        )
+    try:
+        for name, capsule in extension.targets().items():
+            jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
+    except Exception as error:
+        return Lane(f"XLA refuses the handlers ({type(error).__name__}: {error})")
+    return Lane(None, tuple(extension.families()))
+
+
+def cuda_status() -> str:
+    """One sentence: which CUDA kernel families this installation has, or why it has none."""
+    return str(lane())
+
+
+def missing_here() -> str | None:
+    """Why a program lowered for CUDA would fail on this very machine; ``None`` where there is no GPU, or nothing is missing."""
+    missing = lane().missing
+    if missing is None:
+        return None
+    try:
+        return missing if jax.devices("cuda") else None
+    except RuntimeError:
+        return None
+
+
+# --- what each family serves -----------------------------------------------------------------------------------------
+
+
+def _no_workspace(spec: Spec, inputs: Inputs) -> int:
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kernel family, as ``cuda/ffi/dispatch.cc`` lists it by the same name.
+
+    Attributes:
+      capability: compute capability it needs, 10 * major + minor.
+      exact: it runs on that capability only, instead of that and newer ones.
+      why_not: ``(spec, inputs, is_backward)``: the static reason it cannot serve a call, or ``None``.
+      forward_workspace, backward_workspace: bytes of scratch memory from ``(spec, inputs)``.
+      head_dim_multiple: head dimensions are padded with zeros to a multiple of it.
+      serves_extra: additional keys are handled in the kernel; otherwise they are composed around it (``_extras.py``).
+    """
+
+    name: str
+    capability: int
+    exact: bool
+    why_not: Callable[[Spec, Inputs, bool], str | None]
+    forward_workspace: Callable[[Spec, Inputs], int] = _no_workspace
+    backward_workspace: Callable[[Spec, Inputs], int] = _no_workspace
+    head_dim_multiple: int = 1
+    serves_extra: bool = False
+
+    def why_not_on(self, capability: int | None) -> str | None:
+        if capability is None or (capability == self.capability if self.exact else capability >= self.capability):
+            return None
+        needed = f"{self.capability / 10:.1f}" + ("" if self.exact else " or newer")
+        return f"it needs compute capability {needed}, the device has {capability / 10:.1f}"
+
+
+def _why_not_dtype(spec: Spec, inputs: Inputs, is_backward: bool = False) -> str | None:
+    del spec, is_backward
+    dtype = str(inputs.query.dtype)
+    return None if dtype in DTYPES else f"the CUDA kernels serve {', '.join(DTYPES)}, query has {dtype}"
+
+
+def delta_bytes(spec: Spec, inputs: Inputs) -> int:
+    """float32, one per query and head."""
+    del spec
+    return 4 * math.prod(inputs.query.shape[:-1])
+
+
+# In order of preference: among those that serve a call statically, the first that runs on the device of the call is taken.
+FAMILIES: tuple[Family, ...] = (Family("naive", 80, False, _why_not_dtype, backward_workspace=delta_bytes),)
+
+
+def candidates(spec: Spec, inputs: Inputs, is_backward: bool, only: str | None = None) -> list[Family]:
+    """The families that serve a call statically, in order of preference."""
+    named = [family for family in FAMILIES if only in (None, family.name)]
+    return [family for family in named if family.why_not(spec, inputs, is_backward) is None]
+
+
+def why_not(only: str | None, spec: Spec, inputs: Inputs) -> str | None:
+    """``why_not`` of the implementations "cuda" (``only=None``) and "cuda_<only>"."""
+    if candidates(spec, inputs, False, only):
+        return None
+    reason = _why_not_dtype(spec, inputs)
+    named = [family for family in FAMILIES if only in (None, family.name)]
+    return reason or "; ".join(f"{family.name}: {family.why_not(spec, inputs, False)}" for family in named)
+
+
+# --- the custom calls ------------------------------------------------------------------------------------------------
+
+
+def _attributes(spec: Spec, families: list[Family], inputs: Inputs, has_grad_lse: bool) -> dict[str, Any]:
+    """As ``cuda/ffi/attributes.h`` decodes them."""
+    return {
+        "window": np.array(spec.window, np.int64),
+        "stride": np.array(spec.stride, np.int64),
+        "dilation": np.array(spec.dilation, np.int64),
+        "is_causal": np.array(spec.is_causal, np.int64),
+        "scale": np.float64(spec.scale),
+        "precision": np.int64(spec.precision != lax.Precision.DEFAULT),
+        "deterministic": np.bool_(spec.deterministic),
+        "sharded": np.bool_(spec.sharded),
+        "has_bias": np.bool_(inputs.bias is not None),
+        "has_extra": np.bool_(inputs.extra_key is not None),
+        "has_grad_lse": np.bool_(has_grad_lse),
+        "candidates": ",".join(family.name for family in families),
+    }
+
+
+def _like(array: Array, shape: tuple[int, ...] | None = None, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape if shape is None else shape, array.dtype if dtype is None else dtype)
+
+
+def _workspace(num_bytes: list[int]) -> jax.ShapeDtypeStruct:
+    """Scratch memory is one more result: the handler allocates nothing, so that CUDA graphs can capture it."""
+    return jax.ShapeDtypeStruct((max(num_bytes),), jnp.uint8)
+
+
+def _flat(inputs: Inputs) -> list[Array]:
+    return [array for array in inputs if array is not None]
+
+
+def _pad(array: Array, multiple: int) -> Array:
+    missing = -array.shape[-1] % multiple
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)]) if missing else array
+
+
+def _pad_inputs(inputs: Inputs, families: list[Family]) -> tuple[Inputs, int]:
+    """Head dimensions as every candidate takes them. Zeros change neither scores nor the other columns of the output."""
+    multiple = math.lcm(*(family.head_dim_multiple for family in families))
+    padded = {
+        name: _pad(array, multiple) for name, array in inputs._asdict().items() if array is not None and name != "bias"
+    }
+    return inputs._replace(**padded), multiple
+
+
+def _forward_call(families: list[Family], spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
+    dim_v = inputs.value.shape[-1]
+    inputs, _ = _pad_inputs(inputs, families)
+    query = inputs.query
+    results = (
+        _like(query, (*query.shape[:-1], inputs.value.shape[-1])),
+        _like(query, query.shape[:-1], jnp.float32),
+        _workspace([family.forward_workspace(spec, inputs) for family in families]),
+    )
+    call = jax.ffi.ffi_call(FORWARD_TARGET, results)
+    out, lse, _ = call(*_flat(inputs), halo, **_attributes(spec, families, inputs, False))
+    return out[..., :dim_v], lse
+
+
+def _backward_call(
+    families: list[Family],
+    spec: Spec,
+    inputs: Inputs,
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    grad_lse: Array | None,
+    halo: Array,
+) -> Inputs:
+    given = inputs
+    inputs, multiple = _pad_inputs(inputs, families)
+    out, grad_out = _pad(out, multiple), _pad(grad_out, multiple)
+    results = (
+        *(_like(array) for array in _flat(inputs)),
+        _workspace([family.backward_workspace(spec, inputs) for family in families]),
+    )
+    call = jax.ffi.ffi_call(BACKWARD_TARGET, results)
+    attributes = _attributes(spec, families, inputs, grad_lse is not None)
+    *grads, _ = call(*_flat(inputs), out, lse, grad_out, *([] if grad_lse is None else [grad_lse]), halo, **attributes)
+    remaining = iter(grads)
+    return Inputs(*(None if array is None else next(remaining)[..., : array.shape[-1]] for array in given))
+
+
+def _families_for(only: str | None, spec: Spec, inputs: Inputs, is_backward: bool) -> list[Family]:
+    found = candidates(spec, inputs, is_backward, only)
+    if not found:  # a family may serve the forward pass of a call and not its backward
+        reasons = [f"{f.name}: {f.why_not(spec, inputs, is_backward)}" for f in FAMILIES if only in (None, f.name)]
+        raise NotImplementedError(
+            f"no CUDA kernel for the {'backward' if is_backward else 'forward'} pass: {'; '.join(reasons)}"
+        )
+    return found
+
+
+def forward(only: str | None, spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
+    """``(out, lse)`` by the best family, or by the family ``only``."""
+    families = _families_for(only, spec, inputs, False)
+    call = functools.partial(_forward_call, families)
+    if inputs.extra_key is None or all(family.serves_extra for family in families):
+        return call(spec, inputs, halo)
+    return _extras.forward(call, spec, inputs, halo)
+
+
+def backward(
+    only: str | None,
+    spec: Spec,
+    inputs: Inputs,
+    out: Array,
+    lse: Array,
+    grad_out: Array,
+    grad_lse: Array | None,
+    halo: Array,
+) -> Inputs:
+    """Gradients of every given operand by the best family, or by the family ``only``."""
+    families = _families_for(only, spec, inputs, True)
+    call = functools.partial(_backward_call, families)
+    if inputs.extra_key is None or all(family.serves_extra for family in families):
+        return call(spec, inputs, out, lse, grad_out, grad_lse, halo)
+    return _extras.backward(call, spec, inputs, out, lse, grad_out, grad_lse, halo)

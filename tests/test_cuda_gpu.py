@@ -1,0 +1,207 @@
+"""What only a GPU shows: random problems, shards, CUDA graphs, large offsets, reproducibility, errors."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import check
+
+import jax_na
+from jax_na import _backends, _cuda, _primitives
+from jax_na.testing import oracle
+from jax_na.testing.cases import Case, random_case
+from jax_na.testing.numerics import relative_error
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parent.parent
+over_cuda = pytest.mark.parametrize(
+    "implementation", [name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda")]
+)
+
+
+def test_the_lane_is_there_and_serves_by_default():
+    assert _cuda.lane().missing is None
+    shape = jax.ShapeDtypeStruct((1, 32, 2, 64), jnp.bfloat16)
+    assert jax_na.explain(shape, shape, shape, 5, platform="cuda").chosen == "cuda"
+
+
+@over_cuda
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["fp32", "bf16", "fp16"])
+def test_random_problems(implementation, dtype):
+    offset = 1000 * ["float32", "bfloat16", "float16"].index(jnp.dtype(dtype).name)
+    for seed in range(offset, offset + 12):
+        check(random_case(seed), implementation, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """A call on a shard: a case of the local query, the local key lengths and offsets, the global lengths."""
+
+    case: Case
+    key_spatial: tuple[int, ...]
+    halo: tuple[tuple[int, int, int], ...]
+
+
+SHARDED = [
+    Sharded(Case("1d-middle", (20,), 7), (26,), ((20, 17, 60),)),
+    Sharded(Case("1d-first", (20,), 7), (23,), ((0, 0, 60),)),
+    Sharded(Case("1d-first-padded", (20,), 7), (26,), ((0, -3, 60),)),
+    Sharded(Case("1d-last-padded", (20,), 7, is_causal=True), (26,), ((40, 34, 60),)),
+    Sharded(Case("1d-dilated-stride", (24,), 6, stride=2, dilation=2), (44,), ((24, 14, 72),)),
+    Sharded(Case("2d", (9, 12), (5, 4), dilation=(1, 2)), (13, 20), ((9, 7, 27), (12, 8, 30))),
+]
+
+
+@over_cuda
+@pytest.mark.parametrize("sharded", SHARDED, ids=lambda sharded: sharded.case.name)
+def test_a_shard_with_its_halo(implementation, sharded):
+    case, dtype = sharded.case, jnp.bfloat16
+    spec = case.spec(implementation=implementation, sharded=True)
+    inputs = case.inputs(dtype)
+    rng = np.random.default_rng(3)
+    shape = (1, *sharded.key_spatial, case.kv_heads, case.dim)
+    inputs = inputs._replace(key=rng.standard_normal(shape).astype(dtype), value=rng.standard_normal(shape).astype(dtype))
+    if _backends.IMPLEMENTATIONS[implementation].why_not_on("cuda", spec, inputs) is not None:
+        return
+    halo = np.array(sharded.halo, np.int32)
+    grad_out, grad_lse = case.cotangents(dtype)
+
+    @jax.jit
+    def run(inputs, halo):
+        values, vjp = jax.vjp(lambda inputs: _primitives.forward(spec, inputs, halo), inputs)
+        return values, vjp((grad_out, grad_lse))[0]
+
+    (out, lse), grads = run(inputs, halo)
+    truth = oracle.attention(spec, inputs, halo, grad_out, grad_lse)
+    assert relative_error(out, truth.out) < 2e-2
+    assert relative_error(lse, truth.lse) < 2e-2
+    for name in ("query", "key", "value"):
+        assert relative_error(getattr(grads, name), getattr(truth.grads, name)) < 3e-2, name
+
+
+@over_cuda
+def test_gradients_are_reproducible_when_asked(implementation):
+    case = Case("2d", (40, 37), (9, 8), batch=2, heads=4, kv_heads=2, dim=64)
+    inputs = case.inputs(jnp.bfloat16)
+    grad_out, _ = case.cotangents(jnp.bfloat16)
+
+    @jax.jit
+    def run(inputs):
+        call = functools.partial(
+            jax_na.neighborhood_attention, implementation=implementation, deterministic=True, **case.arguments()
+        )
+        return jax.vjp(call, inputs.query, inputs.key, inputs.value)[1](grad_out)
+
+    spec = case.spec(implementation=implementation, deterministic=True)
+    if _backends.IMPLEMENTATIONS[implementation].why_not_on("cuda", spec, inputs) is not None:
+        return
+    first = [np.asarray(x).view(np.uint16) for x in run(inputs)]
+    for _ in range(3):
+        for one, other in zip(first, run(inputs), strict=True):
+            np.testing.assert_array_equal(one, np.asarray(other).view(np.uint16))
+
+
+@over_cuda
+def test_offsets_beyond_two_to_the_31(implementation):
+    """The last batch entry of a tensor of more than 2^31 elements against the same entry alone."""
+    length, heads, dim = 1 << 14, 16, 64
+    batch = (1 << 31) // (length * heads * dim) + 2
+    keys = jax.random.split(jax.random.key(0), 4)
+    full = [jax.random.normal(key, (batch, length, heads, dim), jnp.bfloat16) for key in keys]
+    assert full[0].size > 1 << 31
+
+    @jax.jit
+    def run(query, key, value, grad_out):
+        call = functools.partial(jax_na.neighborhood_attention, window_size=9, implementation=implementation)
+        out, vjp = jax.vjp(call, query, key, value)
+        return out, *vjp(grad_out)
+
+    results = [np.asarray(x[-1:].astype(jnp.float32)) for x in run(*full)]
+    alone = run(*(x[-1:] for x in full))
+    for found, expected in zip(results, alone, strict=True):
+        assert relative_error(found, np.asarray(expected.astype(jnp.float32))) < 1e-2
+
+
+@over_cuda
+def test_inside_cuda_graphs(implementation, tmp_path):
+    """Command buffers forced on: the calls are captured into a graph, replayed, and give the same numbers."""
+    script = f"""
+        import functools, jax, jax.numpy as jnp, numpy as np, jax_na
+        call = functools.partial(jax_na.neighborhood_attention, window_size=(7, 5), implementation={implementation!r})
+        keys = jax.random.split(jax.random.key(0), 4)
+        arrays = [jax.random.normal(key, (2, 30, 33, 4, 64), jnp.bfloat16) for key in keys]
+        @jax.jit
+        def run(query, key, value, grad):
+            out, vjp = jax.vjp(call, query, key, value)
+            return out, *vjp(grad)
+        first = run(*arrays)
+        for _ in range(4):  # fresh buffers: the graph is updated, then replayed
+            again = run(*(x + 0 for x in arrays))
+        for one, other in zip(first, again):
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=2e-2, atol=2e-2)
+        plain = jax.jit(lambda *a: jax.vjp(functools.partial(call, implementation="xla"), *a[:3])[1](a[3]))(*arrays)
+        for one, other in zip(again[1:], plain):
+            np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=5e-2, atol=5e-2)
+    """
+    flags = (
+        "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUDNN,CUSTOM_CALL --xla_gpu_graph_min_graph_size=1 "
+        f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    )
+    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment, cwd=ROOT)
+    thunks = [path.read_text() for path in tmp_path.glob("*jit_run*thunk_sequence.txt")]
+    captured = [text for text in thunks if "kCommandBuffer" in text]
+    assert captured, [path.name for path in tmp_path.iterdir()]
+
+
+def raw_call(**changes):
+    """The forward custom call with attributes of one's own, to see what the handler says."""
+    array = jnp.ones((1, 16, 2, 32), jnp.float32)
+    spec = Case("1d", (16,), 3).spec()
+    inputs = _primitives.Inputs(array, array, array)
+    attributes = _cuda._attributes(spec, [_cuda.FAMILIES[-1]], inputs, False) | changes
+    results = (
+        jax.ShapeDtypeStruct(array.shape, array.dtype),
+        jax.ShapeDtypeStruct(array.shape[:-1], jnp.float32),
+        jax.ShapeDtypeStruct((0,), jnp.uint8),
+    )
+    call = jax.ffi.ffi_call(_cuda.FORWARD_TARGET, results)
+    halo = jnp.asarray(spec.identity_halo(array))
+    return jax.block_until_ready(jax.jit(lambda *args: call(*args, **attributes))(array, array, array, halo))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"candidates": "nonsense"}, "no kernel family serves.*nonsense is not in this build"),
+        ({"window": np.array([17])}, "does not allow window 17"),
+        ({"window": np.array([3, 3])}, "one entry for each of 1 to 3 axes"),
+        ({"has_bias": np.bool_(True)}, "4 operands and 3 results, which its attributes do not explain"),
+    ],
+)
+def test_what_goes_wrong_in_the_handler_is_an_exception(changes, message):
+    raw_call()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        raw_call(**changes)
+
+
+def test_concurrent_calls_on_threads():
+    """Handlers hold no state between calls: threads and streams may overlap."""
+    import concurrent.futures
+
+    case = Case("2d", (20, 21), 5, dim=64)
+    run = jax.jit(functools.partial(jax_na.neighborhood_attention, **case.arguments()))
+    inputs = [jax.device_put(case.inputs(jnp.float32, seed)[:3]) for seed in range(8)]
+    expected = [np.asarray(run(*x)) for x in inputs]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for found, truth in zip(pool.map(lambda x: np.asarray(run(*x)), inputs), expected, strict=True):
+                np.testing.assert_array_equal(found, truth)
