@@ -55,8 +55,8 @@ def register(implementation: Implementation) -> None:
 
 def _register_cuda(name: str, family: str | None) -> None:
     """``family=None``: the best kernel family for the device of the call."""
-    why_not, forward, backward = (functools.partial(f, family) for f in (_cuda.why_not, _cuda.forward, _cuda.backward))
-    register(Implementation(name, ("cuda",), why_not, forward, backward))
+    bound: list[Any] = [functools.partial(f, family) for f in (_cuda.why_not, _cuda.forward, _cuda.backward)]
+    register(Implementation(name, ("cuda",), *bound))
 
 
 _register_cuda("cuda", None)

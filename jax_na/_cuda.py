@@ -2,8 +2,8 @@
 
 A call that is lowered for ``cuda`` becomes one XLA custom call (``jax_na_forward`` or ``jax_na_backward``) with its static
 description as attributes (``cuda/ffi/attributes.h``). Among them is an ordered list of candidate families: Python knows what serves
-a call statically, the handler knows the GPU it runs on and takes the first candidate for it. So a machine without a GPU can lower and
-export for one, and a program runs on different GPUs.
+a call statically, the handler knows the GPU it runs on and takes the first candidate for it. So a machine without a GPU can
+lower and export for one, and a program runs on different GPUs.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def explain(
     Raises:
       ValueError, TypeError: as :func:`neighborhood_attention` does.
 
-    On ``cuda`` with ``implementation=None`` the CUDA kernels run if the lane is available (``jax_na.cuda_status()``) and the dtype is
-    float16, bfloat16 or float32; otherwise the XLA implementation does. float64 always goes to XLA.
+    On ``cuda`` with ``implementation=None`` the CUDA kernels run if the lane is available (``jax_na.cuda_status()``) and the
+    dtype is float16, bfloat16 or float32; otherwise the XLA implementation does. float64 always goes to XLA.
     """
     _backends.check_name(implementation)
     given = Inputs(query, key, value, bias, additional_keys, additional_values)

@@ -1,4 +1,4 @@
-"""The window rule in C++ (host and device) against the one in Python, exhaustively, and its inverse against its definition."""
+"""The window rule in C++ (host and device) against the one in Python, exhaustively, and its inverse."""
 
 import ctypes
 import os

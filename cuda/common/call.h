@@ -1,9 +1,9 @@
 // What crosses from the FFI handlers to a kernel family: element types, buffers, the device, the result.
 //
-// A family (naive, fused, hopper, gemm) offers plain functions `Status family::forward(const Problem&, const ForwardBuffers&,
-// const CallOptions&, cudaStream_t)`; the handlers know nothing else of it. Pointers are device memory, dense, in the layouts given
-// here, 16-byte aligned; null where the call has no such operand. A family never allocates, never synchronizes and never
-// prints: what goes wrong is returned, and the handler turns it into an XLA error.
+// A family (naive, fused, hopper, gemm) offers plain functions `Status family::forward(const Problem&, const
+// ForwardBuffers&, const CallOptions&, cudaStream_t)`; the handlers know nothing else of it. Pointers are device memory,
+// dense, in the layouts given here, 16-byte aligned; null where the call has no such operand. A family never allocates,
+// never synchronizes and never prints: what goes wrong is returned, and the handler turns it into an XLA error.
 #pragma once
 
 #include <cstdint>
@@ -41,15 +41,15 @@ struct ForwardBuffers {
 };
 
 struct BackwardBuffers {
-  ForwardBuffers forward;             // out and lse are inputs here
-  const void* grad_out = nullptr;     // like out
-  const float* grad_lse = nullptr;    // like lse, or null: zero
-  void* grad_query = nullptr;         // like query; every element is written
-  void* grad_key = nullptr;           // like key
-  void* grad_value = nullptr;         // like value
-  void* grad_bias = nullptr;          // like bias, or null
-  void* grad_extra_key = nullptr;     // like extra_key, or null
-  void* grad_extra_value = nullptr;   // like extra_value, or null
+  ForwardBuffers forward;            // out and lse are inputs here
+  const void* grad_out = nullptr;    // like out
+  const float* grad_lse = nullptr;   // like lse, or null: zero
+  void* grad_query = nullptr;        // like query; every element is written
+  void* grad_key = nullptr;          // like key
+  void* grad_value = nullptr;        // like value
+  void* grad_bias = nullptr;         // like bias, or null
+  void* grad_extra_key = nullptr;    // like extra_key, or null
+  void* grad_extra_value = nullptr;  // like extra_value, or null
 };
 
 struct Status {

@@ -9,10 +9,10 @@
 
 namespace jax_na {
 
-#define JAX_NA_DECLARE_FAMILY(name)                                                                    \
-  namespace name {                                                                                     \
-  Status forward(const Problem&, const ForwardBuffers&, const CallOptions&, cudaStream_t);             \
-  Status backward(const Problem&, const BackwardBuffers&, const CallOptions&, cudaStream_t);           \
+#define JAX_NA_DECLARE_FAMILY(name)                                                          \
+  namespace name {                                                                           \
+  Status forward(const Problem&, const ForwardBuffers&, const CallOptions&, cudaStream_t);   \
+  Status backward(const Problem&, const BackwardBuffers&, const CallOptions&, cudaStream_t); \
   }
 
 JAX_NA_DECLARE_FAMILY(naive)   // direct kernels: any GPU from SM 8.0, every dtype and head dimension

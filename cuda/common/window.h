@@ -1,7 +1,7 @@
 // The window rule of neighborhood attention on one axis, and its inverse: written once for host and device.
 //
-// All positions are *group coordinates*: dilation d splits an axis of length L into d groups; token x belongs to group x % d at
-// coordinate x / d, and a query sees only keys of its own group. A group's length is group_length(L, d, g).
+// All positions are *group coordinates*: dilation d splits an axis of length L into d groups; token x belongs to group x %
+// d at coordinate x / d, and a query sees only keys of its own group. A group's length is group_length(L, d, g).
 // Invariants: 1 <= stride <= window <= length. Both functions return an interval because begin and end of a query's window
 // never decrease along the axis. tests/test_window_rule.py holds this file equal to jax_na/_window.py, exhaustively.
 // Source: NATTEN's definition of (generalized, strided) neighborhood attention, arXiv 2204.07143, 2209.15001, 2504.16922.

@@ -1,5 +1,5 @@
-// The attributes of the custom calls, decoded from what jax_na/_cuda.py (`_attributes`) writes: one struct for every target.
-// Members, names and types must match it in number: XLA refuses a call that has more or fewer.
+// The attributes of the custom calls, decoded from what jax_na/_cuda.py (`_attributes`) writes: one struct for every
+// target. Members, names and types must match it in number: XLA refuses a call that has more or fewer.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ struct Attributes {
   xla::ffi::Span<const int64_t> dilation;
   xla::ffi::Span<const int64_t> is_causal;
   double scale;
-  int64_t precision;            // enum Precision
+  int64_t precision;  // enum Precision
   bool deterministic;
-  bool sharded;                 // the halo operand holds real offsets
-  bool has_bias;                // which optional operands are there
+  bool sharded;   // the halo operand holds real offsets
+  bool has_bias;  // which optional operands are there
   bool has_extra;
   bool has_grad_lse;
   std::string_view candidates;  // families in order of preference, separated by commas: "hopper,fused,naive"

@@ -47,12 +47,13 @@ const Family* choose_family(std::string_view candidates, int32_t capability, Sta
     }
     if (found != nullptr && found->runs_on(capability)) return found;
     reasons += (reasons.empty() ? "" : "; ") + std::string(name);
-    reasons += found == nullptr ? " is not in this build"
-                                : " needs compute capability " + std::to_string(found->min_capability / 10) + "." +
-                                      std::to_string(found->min_capability % 10) + (found->exact ? " exactly" : " or newer");
+    reasons += found == nullptr
+                   ? " is not in this build"
+                   : " needs compute capability " + std::to_string(found->min_capability / 10) + "." +
+                         std::to_string(found->min_capability % 10) + (found->exact ? " exactly" : " or newer");
   }
-  *status = Status::error("no kernel family serves a device of compute capability " + std::to_string(capability / 10) + "." +
-                          std::to_string(capability % 10) + ": " + reasons);
+  *status = Status::error("no kernel family serves a device of compute capability " + std::to_string(capability / 10) +
+                          "." + std::to_string(capability % 10) + ": " + reasons);
   return nullptr;
 }
 
@@ -66,9 +67,9 @@ Status read_device(int32_t ordinal, Device* device) {
   Device& entry = cache[ordinal];
   if (entry.capability == 0) {
     int major = 0, minor = 0, num_sms = 0;
-    for (const auto& [value, attribute] : {std::pair{&major, cudaDevAttrComputeCapabilityMajor},
-                                           std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
-                                           std::pair{&num_sms, cudaDevAttrMultiProcessorCount}}) {
+    for (const auto& [value, attribute] :
+         {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&minor, cudaDevAttrComputeCapabilityMinor},
+          std::pair{&num_sms, cudaDevAttrMultiProcessorCount}}) {
       const cudaError_t error = cudaDeviceGetAttribute(value, attribute, ordinal);
       if (error != cudaSuccess) return cuda_error("reading the device's attributes", error);
     }

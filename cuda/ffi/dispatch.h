@@ -23,8 +23,8 @@ struct Family {
 // The families compiled into this module.
 const std::vector<Family>& families();
 
-// The first family of `candidates` (names separated by commas) that is compiled in and runs on `capability`; null and a sentence in
-// `status` if there is none.
+// The first family of `candidates` (names separated by commas) that is compiled in and runs on `capability`; null and a
+// sentence in `status` if there is none.
 const Family* choose_family(std::string_view candidates, int32_t capability, Status* status);
 
 struct Device {

@@ -1,8 +1,8 @@
 // Handlers: from XLA's buffers and attributes to Problem, buffers and CallOptions, then to the family that serves.
 //
 // Every argument was checked in Python at trace time; what is checked here guards the contract between the two sides (and
-// programs that were exported by another version), and says so with numbers. A handler never allocates, synchronizes or prints:
-// it is safe under CUDA graph capture.
+// programs that were exported by another version), and says so with numbers. A handler never allocates, synchronizes or
+// prints: it is safe under CUDA graph capture.
 #include "ffi/handlers.h"
 
 #include <cuda_runtime_api.h>
@@ -98,7 +98,8 @@ ffi::Error make_problem(const Attributes& attributes, const Operands& operands, 
   const size_t lead = query.size() - rank - 2;
   for (const auto& dims : {query, key, value}) {
     for (size_t i = lead; i < dims.size(); ++i) {
-      if (dims[i] > std::numeric_limits<int32_t>::max()) return invalid("an axis of " + to_string(dims) + " exceeds 2^31 - 1");
+      if (dims[i] > std::numeric_limits<int32_t>::max())
+        return invalid("an axis of " + to_string(dims) + " exceeds 2^31 - 1");
     }
   }
   problem->rank = static_cast<int32_t>(rank);
@@ -147,7 +148,8 @@ ffi::Error make_problem(const Attributes& attributes, const Operands& operands, 
   return ffi::Error::Success();
 }
 
-ffi::Error make_options(const Attributes& attributes, const ffi::AnyBuffer& query, const Device& device, CallOptions* options) {
+ffi::Error make_options(const Attributes& attributes, const ffi::AnyBuffer& query, const Device& device,
+                        CallOptions* options) {
   switch (query.element_type()) {
     case ffi::F16: options->dtype = DType::kF16; break;
     case ffi::BF16: options->dtype = DType::kBF16; break;
@@ -176,7 +178,8 @@ ffi::Error run(std::string_view candidates, const Device& device, const char* pa
   status = call(*family);
   const cudaError_t error = cudaGetLastError();
   if (status.ok() && error != cudaSuccess) {
-    status = Status::error(std::string("launch failed: ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+    status =
+        Status::error(std::string("launch failed: ") + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
   }
   if (status.ok()) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_na: ") + pass + " of family " + family->name + ", device " +
@@ -220,8 +223,8 @@ ffi::Error wrong_count(const Args& args, const Rets& rets) {
                  " results, which its attributes do not explain: was it exported by another version of jax_na?");
 }
 
-ffi::Error forward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs remaining_args, ffi::RemainingRets remaining_rets,
-                   Attributes attributes) {
+ffi::Error forward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs remaining_args,
+                   ffi::RemainingRets remaining_rets, Attributes attributes) {
   Args args(remaining_args);
   Rets rets(remaining_rets);
   if (args.size() != Operands::count(attributes) + 1 || rets.size() != 3) return wrong_count(args, rets);
@@ -237,8 +240,8 @@ ffi::Error forward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs rema
              [&](const Family& family) { return family.forward(call.problem, buffers, call.options, stream); });
 }
 
-ffi::Error backward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs remaining_args, ffi::RemainingRets remaining_rets,
-                    Attributes attributes) {
+ffi::Error backward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs remaining_args,
+                    ffi::RemainingRets remaining_rets, Attributes attributes) {
   Args args(remaining_args);
   Rets rets(remaining_rets);
   const size_t count = Operands::count(attributes);

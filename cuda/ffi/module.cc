@@ -1,4 +1,5 @@
-// The Python extension jax_na._cuda_kernels: capsules of the FFI handlers, and what jax_na/_cuda.py needs to know of this build.
+// The Python extension jax_na._cuda_kernels: capsules of the FFI handlers, and what jax_na/_cuda.py needs to know of this
+// build.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>

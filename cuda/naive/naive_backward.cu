@@ -3,9 +3,11 @@
 //
 //   delta = sum(out * grad_out) - grad_lse     per query and head                    delta_kernel
 //   P = exp(scale q.k + bias - lse),  dS = P (grad_out . v - delta)
-//   grad_query = scale sum_keys dS k                                                 grad_query_kernel, over the keys a query sees
-//   grad_key = scale sum_queries dS q,  grad_value = sum_queries P grad_out          grad_key_value_kernel, over the queries that see
-//                                                                                    a key (inverse window rule) and the head group
+//   grad_query = scale sum_keys dS k                                                 grad_query_kernel, over the keys a
+//   query sees grad_key = scale sum_queries dS q,  grad_value = sum_queries P grad_out          grad_key_value_kernel, over
+//   the queries that see
+//                                                                                    a key (inverse window rule) and the
+//                                                                                    head group
 //   grad_bias[entry] = sum over queries whose window holds query + entry of dS       grad_bias_kernel
 //
 // Workspace: float[batch * q tokens * heads], delta.
@@ -33,15 +35,16 @@ struct Pair {
 };
 
 template <typename T>
-__device__ inline Pair pair(const Problem& problem, const T* q, const T* k, const T* v, const T* grad_out, float bias, float lse,
-                            float delta, bool aligned, bool aligned_v) {
+__device__ inline Pair pair(const Problem& problem, const T* q, const T* k, const T* v, const T* grad_out, float bias,
+                            float lse, float delta, bool aligned, bool aligned_v) {
   const float score = problem.scale * dot(q, k, problem.dim, aligned) + bias;
   const float p = lse == -INFINITY ? 0.0f : expf(score - lse);
   return {p, p * (dot(grad_out, v, problem.dim_v, aligned_v) - delta)};
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarp* kWarpsPerBlock) delta_kernel(const Problem problem, const Tensors<T> in, int64_t rows) {
+__global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
+    delta_kernel(const Problem problem, const Tensors<T> in, int64_t rows) {
   const int32_t lane = threadIdx.x % kWarp;
   const int64_t step = int64_t(gridDim.x) * kWarpsPerBlock;
   for (int64_t row = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; row < rows; row += step) {
@@ -57,7 +60,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) delta_kernel(const Prob
 
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    grad_query_kernel(const Problem problem, const Tensors<T> in, T* __restrict__ grad_query, int32_t chunks, int64_t units) {
+    grad_query_kernel(const Problem problem, const Tensors<T> in, T* __restrict__ grad_query, int32_t chunks,
+                      int64_t units) {
   const int32_t lane = threadIdx.x % kWarp;
   const int64_t q_tokens = problem.q_tokens(), kv_tokens = problem.kv_tokens();
   const bool aligned = rows_aligned<T>(problem.dim), aligned_v = rows_aligned<T>(problem.dim_v);
@@ -140,14 +144,16 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     }
     columns.store(row_of(grad_key, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim), sum_k,
                   problem.scale);
-    columns_v.store(row_of(grad_value, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim_v), sum_v, 1.0f);
+    columns_v.store(row_of(grad_value, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim_v),
+                    sum_v, 1.0f);
   }
 }
 
 // A block per (bias batch, head, entry): over every query that has the key at this relative position in its window.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    grad_bias_kernel(const Problem problem, const Tensors<T> in, T* __restrict__ grad_bias, int64_t num_entries, int64_t units) {
+    grad_bias_kernel(const Problem problem, const Tensors<T> in, T* __restrict__ grad_bias, int64_t num_entries,
+                     int64_t units) {
   __shared__ float partial[kWarpsPerBlock];
   const int64_t q_tokens = problem.q_tokens(), kv_tokens = problem.kv_tokens();
   const int64_t batch_per_bias = problem.batch / problem.bias_batch;
@@ -211,9 +217,15 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   return with_dtype(options.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const ForwardBuffers& given = buffers.forward;
-    const Tensors<T> in{static_cast<const T*>(given.query), static_cast<const T*>(given.key), static_cast<const T*>(given.value),
-                        static_cast<const T*>(given.bias),  static_cast<const T*>(given.out), static_cast<const T*>(buffers.grad_out),
-                        given.lse,                          buffers.grad_lse,                 given.halo,
+    const Tensors<T> in{static_cast<const T*>(given.query),
+                        static_cast<const T*>(given.key),
+                        static_cast<const T*>(given.value),
+                        static_cast<const T*>(given.bias),
+                        static_cast<const T*>(given.out),
+                        static_cast<const T*>(buffers.grad_out),
+                        given.lse,
+                        buffers.grad_lse,
+                        given.halo,
                         static_cast<float*>(given.workspace)};
     constexpr int kThreads = kWarp * kWarpsPerBlock;
     if (rows > 0) {
@@ -221,8 +233,8 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
       Status status = launch_status("naive::delta_kernel");
       if (!status.ok()) return status;
       const int32_t chunks = chunks_of(problem.dim);
-      grad_query_kernel<T><<<blocks_for(rows * chunks), kThreads, 0, stream>>>(problem, in, static_cast<T*>(buffers.grad_query),
-                                                                               chunks, rows * chunks);
+      grad_query_kernel<T><<<blocks_for(rows * chunks), kThreads, 0, stream>>>(
+          problem, in, static_cast<T*>(buffers.grad_query), chunks, rows * chunks);
       status = launch_status("naive::grad_query_kernel");
       if (!status.ok()) return status;
     }
@@ -238,8 +250,9 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
       int64_t num_entries = 1;
       for (const Axis& axis : problem.axis) num_entries *= 2 * axis.window - 1;
       const int64_t bias_units = problem.bias_batch * problem.heads * num_entries;
-      grad_bias_kernel<T><<<static_cast<unsigned>(bias_units < kMaxBlocks ? bias_units : kMaxBlocks), kThreads, 0, stream>>>(
-          problem, in, static_cast<T*>(buffers.grad_bias), num_entries, bias_units);
+      grad_bias_kernel<T>
+          <<<static_cast<unsigned>(bias_units < kMaxBlocks ? bias_units : kMaxBlocks), kThreads, 0, stream>>>(
+              problem, in, static_cast<T*>(buffers.grad_bias), num_entries, bias_units);
       return launch_status("naive::grad_bias_kernel");
     }
     return Status{};

@@ -1,7 +1,8 @@
 // Direct forward: a warp per (batch, query, head, 128 columns of the output), online softmax in float32.
 //
-// The lanes take 32 keys of the window at a time: each lane computes the score of its own key, then the warp walks the 32 keys
-// with the lanes across the output's columns. No tensor cores: the baseline that the tiled kernels are measured against.
+// The lanes take 32 keys of the window at a time: each lane computes the score of its own key, then the warp walks the 32
+// keys with the lanes across the output's columns. No tensor cores: the baseline that the tiled kernels are measured
+// against.
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -14,9 +15,9 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
-    forward_kernel(const Problem problem, const T* __restrict__ query, const T* __restrict__ key, const T* __restrict__ value,
-                   const T* __restrict__ bias, const Shard* __restrict__ halo, T* __restrict__ out, float* __restrict__ lse,
-                   int32_t chunks, int64_t units) {
+    forward_kernel(const Problem problem, const T* __restrict__ query, const T* __restrict__ key,
+                   const T* __restrict__ value, const T* __restrict__ bias, const Shard* __restrict__ halo,
+                   T* __restrict__ out, float* __restrict__ lse, int32_t chunks, int64_t units) {
   const int32_t lane = threadIdx.x % kWarp;
   const int64_t q_tokens = problem.q_tokens(), kv_tokens = problem.kv_tokens();
   const bool aligned = rows_aligned<T>(problem.dim);
@@ -77,8 +78,9 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     const int64_t units = problem.batch * problem.q_tokens() * problem.heads * chunks;
     if (units == 0) return Status{};
     forward_kernel<T><<<blocks_for(units), kWarp * kWarpsPerBlock, 0, stream>>>(
-        problem, static_cast<const T*>(buffers.query), static_cast<const T*>(buffers.key), static_cast<const T*>(buffers.value),
-        static_cast<const T*>(buffers.bias), buffers.halo, static_cast<T*>(buffers.out), buffers.lse, chunks, units);
+        problem, static_cast<const T*>(buffers.query), static_cast<const T*>(buffers.key),
+        static_cast<const T*>(buffers.value), static_cast<const T*>(buffers.bias), buffers.halo,
+        static_cast<T*>(buffers.out), buffers.lse, chunks, units);
     return launch_status("naive::forward_kernel");
   });
 }

@@ -1,7 +1,9 @@
-// What the direct kernels share: the box of tokens that a token interacts with, element access, warp reductions, the work loop.
+// What the direct kernels share: the box of tokens that a token interacts with, element access, warp reductions, the work
+// loop.
 //
-// A query sees a box of keys (one interval per axis, in the coordinates of its dilation group), and a key is seen by a box of
-// queries: the inverse. Both are a Box here, so forward, dq and dk/dv walk the same way. Source of the rule: common/window.h.
+// A query sees a box of keys (one interval per axis, in the coordinates of its dilation group), and a key is seen by a box
+// of queries: the inverse. Both are a Box here, so forward, dq and dk/dv walk the same way. Source of the rule:
+// common/window.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,8 +21,8 @@ namespace jax_na::naive {
 
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 8;
-constexpr int kColumnsPerLane = 4;                          // a warp accumulates this many rows of 32 columns
-constexpr int kColumns = kWarp * kColumnsPerLane;           // per unit of work; wider rows take several units
+constexpr int kColumnsPerLane = 4;                 // a warp accumulates this many rows of 32 columns
+constexpr int kColumns = kWarp * kColumnsPerLane;  // per unit of work; wider rows take several units
 constexpr int64_t kMaxBlocks = int64_t(1) << 30;
 constexpr unsigned kFullMask = 0xffffffffu;
 
@@ -229,7 +231,8 @@ inline unsigned blocks_for(int64_t warps) {
 
 // Row `head` of token `token`: [batch, tokens, heads, dim].
 template <typename T>
-__device__ inline T* row_of(T* base, int64_t batch, int64_t tokens, int64_t token, int32_t heads, int32_t head, int32_t dim) {
+__device__ inline T* row_of(T* base, int64_t batch, int64_t tokens, int64_t token, int32_t heads, int32_t head,
+                            int32_t dim) {
   return base + (((batch * tokens + token) * heads + head) * int64_t(dim));
 }
 
@@ -245,7 +248,8 @@ __device__ inline const T* bias_of(const T* bias, const Problem& problem, int64_
 inline Status launch_status(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return {};
-  return Status::error(std::string(kernel) + " did not launch: " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+  return Status::error(std::string(kernel) + " did not launch: " + cudaGetErrorName(error) + " (" +
+                       cudaGetErrorString(error) + ")");
 }
 
 inline Status check(const Problem& problem) {
