@@ -1,0 +1,87 @@
+// Host side of the Hopper forward pass: plan, tensor maps, parameters, launch.
+#include "forward_sm90.h"
+
+#include "forward_sm90_kernels.h"
+#include "hopper.h"
+#include "plan_sm90.h"
+
+namespace jax_na::hopper {
+namespace {
+
+const char* launch(int32_t kernel, DType dtype, const ForwardParams& params, int32_t num_sms, cudaStream_t stream) {
+  switch (kernel) {
+    case 0: return launch_forward_kernel<0>(dtype, params, num_sms, stream);
+    case 1: return launch_forward_kernel<1>(dtype, params, num_sms, stream);
+    case 2: return launch_forward_kernel<2>(dtype, params, num_sms, stream);
+    case 3: return launch_forward_kernel<3>(dtype, params, num_sms, stream);
+    case 4: return launch_forward_kernel<4>(dtype, params, num_sms, stream);
+    default: return "no such Hopper forward kernel";
+  }
+}
+
+}  // namespace
+
+Status forward(const Problem& problem, const ForwardBuffers& buffers, const CallOptions& options, cudaStream_t stream) {
+  if (options.dtype == DType::kF32) return Status::error("the Hopper kernels serve float16 and bfloat16");
+  if (options.capability / 10 != 9) return Status::error("the Hopper kernels need compute capability 9.0");
+  if (buffers.bias != nullptr) return Status::error("the Hopper kernels have no bias");
+  if (const char* reason = why_not_forward(problem)) return Status::error(reason);
+  const ForwardPlan plan = plan_forward(problem);
+  if (plan.kernel < 0) return Status::error("the Hopper kernels have no tile plan for this problem");
+  const KernelShape& kernel = kForwardKernels[plan.kernel];
+
+  ForwardParams params;
+  int32_t q_len[kMaxRank], kv_len[kMaxRank];
+  int64_t num_items = problem.batch * problem.heads;
+  for (int a = 0; a < kMaxRank; ++a) {
+    const Axis& axis = problem.axis[a];
+    params.axis[a] = axis;
+    params.shard[a] = {0, 0, axis.q_len};
+    params.q_box[a] = plan.q_box[a];
+    params.kv_box[a] = plan.kv_box[a];
+    q_len[a] = axis.q_len;
+    kv_len[a] = axis.kv_len;
+    const int32_t extent = plan.q_box[a] * (kernel.shared && a == plan.split_axis ? kernel.num_consumers : 1);
+    const int32_t queries = (axis.q_len + axis.dilation - 1) / axis.dilation;
+    const int32_t tiles = (queries + extent - 1) / extent;
+    params.tiles[a] = FastDivisor(tiles);
+    params.groups[a] = FastDivisor(axis.dilation);
+    num_items *= int64_t(tiles) * axis.dilation;
+  }
+  if (num_items >= int64_t(1) << 31) return Status::error("the Hopper kernels count query tiles in 31 bits");
+  params.num_items = int32_t(num_items);
+  params.halo = problem.sharded ? buffers.halo : nullptr;
+  params.rank = problem.rank;
+  params.split_axis = plan.split_axis;
+  params.heads = FastDivisor(problem.heads);
+  params.heads_per_kv = FastDivisor(problem.heads / problem.kv_heads);
+  params.q_box_1 = FastDivisor(plan.q_box[1]);
+  params.q_box_2 = FastDivisor(plan.q_box[2]);
+  params.scale = problem.scale;
+  params.out = buffers.out;
+  params.lse = buffers.lse;
+
+  if (!make_token_layout(&params.q_layout, problem, q_len, plan.q_box, problem.heads, problem.dim) ||
+      !make_token_layout(&params.kv_layout, problem, kv_len, plan.kv_box, problem.kv_heads, problem.dim)) {
+    return Status::error("the Hopper kernels cannot address this dilation");
+  }
+  for (int a = 0; a < kMaxRank; ++a) {
+    params.kv_map_step[a] = plan.kv_box[a] * (params.kv_layout.fold[a] != 0 ? 1 : problem.axis[a].dilation);
+  }
+  const CUtensorMapDataType type =
+      options.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapSwizzle swizzle = problem.dim == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  const int32_t row_elements = problem.dim == 32 ? 32 : 64;
+  const auto map = [&](CUtensorMap* result, const TokenLayout& layout, const void* base, const int32_t (&lengths)[kMaxRank],
+                       int32_t heads, const int32_t (&box)[kMaxRank]) {
+    return make_token_map(result, layout, base, type, 2, problem.batch, lengths, heads, problem.dim, box, row_elements,
+                          swizzle);
+  };
+  const char* failure = map(&params.q_map, params.q_layout, buffers.query, q_len, problem.heads, plan.q_box);
+  if (failure == nullptr) failure = map(&params.k_map, params.kv_layout, buffers.key, kv_len, problem.kv_heads, plan.kv_box);
+  if (failure == nullptr) failure = map(&params.v_map, params.kv_layout, buffers.value, kv_len, problem.kv_heads, plan.kv_box);
+  if (failure == nullptr) failure = launch(plan.kernel, options.dtype, params, options.num_sms, stream);
+  return failure == nullptr ? Status() : Status::error(failure);
+}
+
+}  // namespace jax_na::hopper

@@ -1,0 +1,7 @@
+#include "forward_sm90_kernels.h"
+
+namespace jax_na::hopper {
+
+JAX_NA_INSTANTIATE_FORWARD(3)
+
+}  // namespace jax_na::hopper

@@ -1,0 +1,8 @@
+#include "forward_sm90_kernels.h"
+
+namespace jax_na::hopper {
+
+JAX_NA_INSTANTIATE_FORWARD(1)
+JAX_NA_INSTANTIATE_FORWARD(2)
+
+}  // namespace jax_na::hopper
