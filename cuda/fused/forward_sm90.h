@@ -60,6 +60,8 @@ struct ForwardConfig {
   static constexpr int kRowBytes = kDim == 32 ? 64 : 128;  // of a TMA row: the swizzle span
   static constexpr int kRowElements = kRowBytes / 2;
   static constexpr int kBlocks = kDim / kRowElements;  // column blocks of a token
+  // Consumers of a shared tile take turns at the tensor cores, so that the softmax of one runs under the products of another.
+  static constexpr bool kTakeTurns = kShared;
 };
 
 // ---- shared memory ----
@@ -460,6 +462,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     if (lane == 0) mbarrier_arrive(barrier);
   };
 
+  if (Config::kTakeTurns && wg == Config::kConsumers - 1) named_barrier_arrive(1, 256);  // the first turn is consumer 0's
   for (;;) {
     mbarrier_wait(&smem.q_full[ring][q_at.slot], q_at.parity);
     const ItemInfo& item = smem.item[ring][q_at.slot];
@@ -487,6 +490,13 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
         release_v();
       }
     };
+    // Every consumer takes one turn per tile, also at those it passes over: the token then goes round without counting.
+    const auto await_turn = [&]() {
+      if constexpr (Config::kTakeTurns) named_barrier_sync(1 + wg, 256);
+    };
+    const auto pass_turn = [&]() {
+      if constexpr (Config::kTakeTurns) named_barrier_arrive(1 + (wg + 1 == Config::kConsumers ? 0 : wg + 1), 256);
+    };
     // Passes over tiles outside this warpgroup's windows, up to tile `end`. True if there is another one, now loaded, at k_at.
     const auto find_tile = [&](int end, bool values_too) {
       while (k_tile < end) {
@@ -494,6 +504,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
         mbarrier_wait(&smem.k_full[ring][k_at.slot], k_at.parity);
         if ((smem.tile[ring][k_at.slot].classes >> (2 * member)) & kInside) return true;
         release_k();
+        await_turn();
+        pass_turn();
       }
       return false;
     };
@@ -525,7 +537,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       {
         float s[kN / 2];
         float factor[2];
+        await_turn();
         multiply_qk<Config>(s, q, k_descriptor());
+        pass_turn();
         const bool masked = read_mask();
         wgmma_wait<0>();
         pin_registers(s);
@@ -541,10 +555,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
         float s[kN / 2];
         float factor[2];
         const int s_tile = k_tile;
-        multiply_qk<Config>(s, q, k_descriptor());
         drain_v(p_tile);
+        await_turn();
+        multiply_qk<Config>(s, q, k_descriptor());
         mbarrier_wait(&smem.v_full[ring][v_at.slot], v_at.parity);
         multiply_pv<Config>(o, p, v_descriptor());
+        pass_turn();
         const bool masked = read_mask();
         wgmma_wait<1>();
         pin_registers(s);

@@ -21,22 +21,27 @@ struct ColumnMask {
 
   uint32_t bits[kMaxEntries][4][kWords];  // [table of axis 0, 1, 2][q][word]
 
-  // By all threads of the CTA; synchronise afterwards. box: extents of the key box.
+  // By all warps of the CTA; synchronise afterwards. box: extents of the key box.
   __device__ __forceinline__ void build(const int32_t (&box)[kMaxRank], int thread, int num_threads) {
-    const int num_entries = box[0] + box[1] + box[2] + 3;
-    for (int i = thread; i < num_entries * 4 * kWords; i += num_threads) {
-      const int word = i % kWords, q = i / kWords % 4;
-      int x = i / (4 * kWords), axis = 0;
-      while (x > box[axis]) x -= box[axis++] + 1;
-      uint32_t value = 0;
-      for (int b = 0; b < 32; ++b) {
-        const int bit = 32 * word + b;
+    const int lane = thread % 32;  // the bit it answers for
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        const int bit = 32 * word + lane;
         const int column = bit / 2 * 8 + q * 2 + bit % 2;
-        const int c2 = column % box[2], c1 = column / box[2] % box[1], c0 = column / (box[2] * box[1]);
-        const int c = axis == 0 ? c0 : axis == 1 ? c1 : c2;  // columns past the box have c0 >= box[0]: never set on axis 0
-        if (bit < kBits && c < x) value |= 1u << b;
+        const int line = column / box[2];
+        const int c[kMaxRank] = {line / box[1], line % box[1], column - line * box[2]};
+        int base = 0;
+        for (int a = 0; a < kMaxRank; ++a) {
+          // Columns past the box have c[0] >= box[0] and are never set on axis 0.
+          for (int x = thread / 32; x <= box[a]; x += num_threads / 32) {
+            const uint32_t value = __ballot_sync(~0u, bit < kBits && c[a] < x);
+            if (lane == 0) bits[base + x][q][word] = value;
+          }
+          base += box[a] + 1;
+        }
       }
-      (&bits[0][0][0])[i] = value;
     }
   }
 
