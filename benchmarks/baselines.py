@@ -1,7 +1,7 @@
 """What a JAX user can write without this library: the gather formulation and dense masked attention.
 
-Both follow the window rule of ``jax_na`` and serve stride 1, dilation 1, not causal: what the comparison needs. Layout heads-last,
-``query, key, value [B, *spatial, H, D]``.
+Both follow the window rule of ``jax_na`` and serve stride 1, dilation 1, not causal: what the comparison needs. Layout
+heads-last, ``query, key, value [B, *spatial, H, D]``.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Query tiles and the boxes of keys they need: the geometry and the layouts of the blocked XLA implementation.
 
-Dilation splits every axis into groups that do not see each other, so all geometry is in group coordinates (token ``x`` of group
-``x % dilation`` has coordinate ``x // dilation``). A *tile* is a box of ``tile`` query coordinates, a *box* the union of its
-windows: ``box`` keys per axis, the same for every tile. One *step* of the loop handles one tile of ``chunk`` = (dilation groups,
-batch entries, key/value heads); ``coords`` [3 + rank] are its indices on the grid of steps.
+Dilation splits every axis into groups that do not see each other, so all geometry is in group coordinates (token ``x`` of
+group ``x % dilation`` has coordinate ``x // dilation``). A *tile* is a box of ``tile`` query coordinates, a *box* the
+union of its windows: ``box`` keys per axis, the same for every tile. One *step* of the loop handles one tile of ``chunk``
+= (dilation groups, batch entries, key/value heads); ``coords`` [3 + rank] are its indices on the grid of steps.
 
 Whether a query sees a key of its box is, per axis, one interval: the mask is the AND of ``rank`` comparisons.
 
-Tiles and boxes lie on a grid that starts at position 0 of the *global* axis. So a spatially sharded call walks the same tiles with
-the same boxes as the unsharded one, and every query gets the same sums in the same order.
+Tiles and boxes lie on a grid that starts at position 0 of the *global* axis. So a spatially sharded call walks the same
+tiles with the same boxes as the unsharded one, and every query gets the same sums in the same order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class AxisPlan:
-    """One spatial axis: the parameters of its window and how it is cut. Lengths in group coordinates unless they say tokens."""
+    """One spatial axis: its window and how it is cut. Lengths are in group coordinates unless they say tokens."""
 
     window: int
     stride: int
@@ -110,7 +110,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _chunk(groups: int, batch: int, kv_heads: int, scores: int) -> tuple[int, int, int]:
-    """The most heads, then batch entries, then dilation groups that keep a step of ``scores`` scores each within its budget."""
+    """The most heads, then batch entries, then dilation groups that keep a step of ``scores`` each within budget."""
     chosen = []
     for total in (kv_heads, batch, groups):
         fitting = max((d for d in _divisors(total) if d * scores <= _CHUNK_SCORES), default=1)
@@ -132,7 +132,7 @@ def choose_tile(
     dim: int,
     dim_v: int,
 ) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Tile shape and chunk with the least estimated time, from a small cost model. ``lengths`` are those of the global axes."""
+    """Tile shape and chunk with the least estimated time, from a small cost model; ``lengths`` of the global axes."""
     candidates = []
     for axis in range(spec.rank):
         longest = -(-lengths[axis] // spec.dilation[axis])
@@ -254,7 +254,8 @@ def axis_geometry(plan: Plan, axis: int, halo: Array, sharded: bool) -> AxisGeom
 class Tiles:
     """A plan with its positions: moves arrays between their own layout and tiles or boxes.
 
-    Shapes of one step: a tile ``[g, b, h, members, queries, C]``, a box ``[g, b, h, keys, C]``; g, b, h as in ``plan.chunk``.
+    Shapes of one step: a tile ``[g, b, h, members, queries, C]``, a box ``[g, b, h, keys, C]``; g, b, h as in
+    ``plan.chunk``.
     """
 
     plan: Plan
@@ -351,7 +352,7 @@ class Tiles:
     # --- relative bias
 
     def split_bias(self, bias: Array) -> Array:
-        """``[*Bb, H, 2k-1, ...]`` to ``[Bb, kv_heads, members, ...]`` with room for every offset between a tile and its box."""
+        """``[*Bb, H, 2k-1, ...]`` to ``[Bb, kv_heads, members, ...]`` with room for every offset of a box."""
         plan = self.plan
         bias = bias.reshape(plan.bias_batch, plan.kv_heads, plan.members, *bias.shape[-plan.rank :])
         return jnp.pad(bias, [(0, 0)] * 3 + [(a.box + a.tile - 1,) * 2 for a in plan.axes])
@@ -367,7 +368,9 @@ class Tiles:
         batch = coords[1] * plan.chunk[1] * plan.bias_batch // plan.batch
         index, sizes = [batch, coords[2] * plan.chunk[2], 0], [1, plan.chunk[2], plan.members]
         for i, (a, geometry) in enumerate(zip(plan.axes, self.axes, strict=True)):
-            ahead = jnp.asarray(geometry.box_start)[coords[0], coords[3 + i]] - jnp.asarray(geometry.first_query)[coords[3 + i]]
+            ahead = (
+                jnp.asarray(geometry.box_start)[coords[0], coords[3 + i]] - jnp.asarray(geometry.first_query)[coords[3 + i]]
+            )
             index.append(ahead + a.box + a.window - 1)
             sizes.append(a.box + a.tile - 1)
         x = lax.dynamic_slice(bias, index, sizes)

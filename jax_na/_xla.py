@@ -1,13 +1,13 @@
 """The XLA implementation: runs on every platform JAX has. Blocked over query tiles, softmax in float32.
 
 Each step of a loop takes one tile of queries and the box of keys that holds their windows (``_tiles.py``) through two dense
-products; the backward pass recomputes the probabilities from lse. Nothing of size ``tokens x tokens`` or ``tokens x window``
-exists. Plain ``jax.numpy`` and ``jax.lax``, so it is differentiable again: second derivatives go through :func:`backward` and
-:func:`tangent`.
+products; the backward pass recomputes the probabilities from lse. Nothing of size ``tokens x tokens`` or ``tokens x
+window`` exists. Plain ``jax.numpy`` and ``jax.lax``, so it is differentiable again: second derivatives go through
+:func:`backward` and :func:`tangent`.
 
 A box holds keys that some of its queries do not see. Their probability is zero, but zero times NaN is NaN; so products with
-probabilities run over operands whose non-finite entries are replaced by zero (:func:`_clean`), and a non-finite token reaches
-exactly those that see it through the scores instead, as NaN (:func:`_poison`).
+probabilities run over operands whose non-finite entries are replaced by zero (:func:`_clean`), and a non-finite token
+reaches exactly those that see it through the scores instead, as NaN (:func:`_poison`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jax_na._tiles import Tiles, loop, make_tiles
 
 Array = Any
 
-# Shapes in the steps: g, b, h dilation groups, batch entries and key/value heads of the step; r query heads per key/value head;
-# t queries of the tile; k keys of the box; m additional keys.
+# Shapes in the steps: g, b, h dilation groups, batch entries and key/value heads of the step; r query heads per key/value
+# head; t queries of the tile; k keys of the box; m additional keys.
 _SCORES = "gbhrtd,gbhkd->gbhrtk"
 _VALUES = "gbhrtk,gbhkd->gbhrtd"
 _KEY_SUMS = "gbhrtk,gbhrtd->gbhkd"
@@ -81,8 +81,6 @@ class _Call:
     def zeros_like(self, x: Array) -> Array:
         """An accumulator of the shape of ``x`` (that varies over the same manual mesh axes)."""
         return jnp.zeros_like(x, self.acc)
-
-
 
 
 def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
@@ -218,9 +216,7 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
         for x in (inputs.extra_key, inputs.extra_value, tangents.extra_key, tangents.extra_value)
     ]
 
-    def step(
-        carry: None, coords: Array, q: Array, t_q: Array, out: Array, lse: Array
-    ) -> tuple[None, tuple[Array, Array]]:
+    def step(carry: None, coords: Array, q: Array, t_q: Array, out: Array, lse: Array) -> tuple[None, tuple[Array, Array]]:
         q, t_q = q.astype(acc) * spec.scale, t_q.astype(acc) * spec.scale
         k, t_k = call.box(keys, coords), call.box(t_keys, coords)
         scores = call.dot(_SCORES, q, k)
