@@ -8,6 +8,7 @@ from jax_na._explain import Explanation as Explanation
 from jax_na._explain import explain as explain
 from jax_na._primitives import RESIDUAL_NAMES as RESIDUAL_NAMES
 from jax_na._primitives import save_attention_residuals as save_attention_residuals
+from jax_na._spatial import sharded_neighborhood_attention as sharded_neighborhood_attention
 
 __version__ = "0.1.0"
 

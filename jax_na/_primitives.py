@@ -7,7 +7,8 @@ Three primitives, each over the flattened :class:`Inputs`, so that every transfo
   forward-mode rule of ``na_forward``, and its transpose is
 - ``na_backward``: ``(*inputs, out, lse, grad_out[, grad_lse], halo) -> gradients of inputs``.
 
-Second derivatives differentiate the XLA implementation of ``na_tangent`` and ``na_backward``.
+Second derivatives differentiate the XLA implementation of ``na_tangent`` and ``na_backward``. Where XLA's partitioner has several
+devices to split over, the primitives lower to ``custom_partitioning`` of their body: see ``_sharding.py``.
 The ``halo`` operand, int32 ``[rank, 3]``, holds (query offset, key offset, global length) per axis: see ``cuda/common/problem.h``.
 """
 
@@ -23,8 +24,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_na import _backends, _xla
-from jax_na._jax_internals import apply_primitive
+from jax_na import _backends, _sharding, _xla
+from jax_na._jax_internals import (
+    apply_primitive,
+    auto_insert_reshard,
+    needs_partitioning,
+    prim_requires_devices_during_lowering,
+)
 from jax_na._spec import Inputs, Spec, accumulation_dtype
 
 Array = Any
@@ -52,8 +58,9 @@ def _num_inputs(has_bias: bool, has_extra: bool) -> int:
 
 def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
     """``(out [*B, *Sq, H, Dv], lse [*B, *Sq, H])``; differentiable."""
-    flat, flags = _flatten(inputs)
-    out, lse = na_forward_p.bind(*flat, jnp.asarray(halo, jnp.int32), spec=spec, **flags)
+    flat, flags = _flatten(_sharding.reshard_explicit(spec, inputs))
+    # Inside shard_map every operand must vary over the same mesh axes. (Not so the halo: it has no type rule, no derivative.)
+    out, lse = na_forward_p.bind(*auto_insert_reshard(*flat), jnp.asarray(halo, jnp.int32), spec=spec, **flags)
     return out, lse
 
 
@@ -61,7 +68,11 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
 
 
 def _update(aval: Any, shape: Sequence[int], dtype: Any) -> Any:
-    return aval.update(shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False)
+    """``aval`` with another shape; what its type says of sharding holds for the dimensions that stay."""
+    spec = jax.sharding.PartitionSpec(*tuple(aval.sharding.spec)[: len(shape)])
+    return aval.update(
+        shape=tuple(shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=aval.sharding.update(spec=spec)
+    )
 
 
 def _outputs(spec: Spec, inputs: Inputs) -> list[Any]:
@@ -116,20 +127,32 @@ def _xla_backward_body(*args: Any, **params: Any) -> tuple[Array, ...]:
     n = _num_inputs(params["has_bias"], params["has_extra"])
     inputs = _pack(args[:n], params["has_bias"], params["has_extra"])
     out, lse, grad_out, *grad_lse, halo = args[n:]
-    grads = _xla.backward(
-        params["spec"], inputs, out, lse, grad_out, grad_lse[0] if params["has_grad_lse"] else None, halo
-    )
+    grads = _xla.backward(params["spec"], inputs, out, lse, grad_out, grad_lse[0] if params["has_grad_lse"] else None, halo)
     return tuple(_flatten(grads)[0])
 
 
-def _make(name: str, abstract: Callable[..., Any], body: Callable[..., Any]) -> Primitive:
-    primitive = Primitive(name)
+def _lower(kind: str, body: Callable[..., Any], platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
+    """The body, for one platform; in a ``custom_partitioning`` where the partitioner has devices to split over."""
+    body = functools.partial(body, platform=platform, **params)
+    if needs_partitioning(ctx):
+        n = _num_inputs(params["has_bias"], params["has_extra"])
+        first = n if kind == "tangent" else 0
+        inputs = _pack(ctx.avals_in[first : first + n], params["has_bias"], params["has_extra"])
+        where = _sharding.layout(kind, params["spec"], inputs, params.get("has_grad_lse", False))
+        whole = tuple((aval.shape, aval.dtype) for aval in ctx.avals_out)
+        body = _sharding.partitioned(body, where, whole, inputs.query.shape[-2], inputs.key.shape[-2])
+        return _sharding.lower_untyped(ctx, body, *operands)
+    return mlir.lower_fun(body, multiple_results=True)(ctx, *operands)
+
+
+def _make(kind: str, abstract: Callable[..., Any], body: Callable[..., Any]) -> Primitive:
+    primitive = Primitive(f"na_{kind}")
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(functools.partial(apply_primitive, primitive))
     for platform in ("cpu", "cuda", "rocm", "tpu"):
-        rule = mlir.lower_fun(functools.partial(body, platform=platform), multiple_results=True)
-        mlir.register_lowering(primitive, rule, platform=platform)
+        mlir.register_lowering(primitive, functools.partial(_lower, kind, body, platform), platform=platform)
+    prim_requires_devices_during_lowering.add(primitive)
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     return primitive
 
@@ -210,9 +233,9 @@ def _jvp_through_xla(primitive: Primitive, body: Callable[..., Any]) -> Callable
     return rule
 
 
-na_forward_p = _make("na_forward", _forward_abstract, _forward_body)
-na_tangent_p = _make("na_tangent", _tangent_abstract, _tangent_body)
-na_backward_p = _make("na_backward", _backward_abstract, _backward_body)
+na_forward_p = _make("forward", _forward_abstract, _forward_body)
+na_tangent_p = _make("tangent", _tangent_abstract, _tangent_body)
+na_backward_p = _make("backward", _backward_abstract, _backward_body)
 
 ad.primitive_jvps[na_forward_p] = _forward_jvp
 ad.primitive_transposes[na_tangent_p] = _tangent_transpose

@@ -49,6 +49,7 @@ class Spec:
     implementation: str | None = None  # None: the best that can serve on the platform that is lowered for
     deterministic: bool | None = None  # None: the implementation's faster backward; True: bitwise reproducible gradients
     sharded: bool = False  # True: the halo operand holds real offsets; False: it is the identity and may be ignored
+    lengths: tuple[int, ...] = ()  # of the global axes in a sharded call: for choices that must not depend on the sharding
 
     @property
     def rank(self) -> int:

@@ -174,21 +174,24 @@ def make_plan(spec: Spec, inputs: Inputs) -> Plan:
     batch, kv_heads = math.prod(spec.lead(query)), key.shape[-2]
     members = query.shape[-2] // kv_heads
     bias_batch = 1 if bias is None else math.prod(bias.shape[: -1 - spec.rank])
-    lengths = query_tokens
+    lengths = (
+        spec.lengths or query_tokens
+    )  # the global ones, if they are known: then tiles and boxes are those of the whole call
     tile, chunk = choose_tile(spec, lengths, batch // bias_batch, kv_heads, members, query.shape[-1], value.shape[-1])
     axes = []
     for axis in range(spec.rank):
         dilation, size = spec.dilation[axis], tile[axis]
         box = box_length(size, spec.window[axis], spec.stride[axis], spec.is_causal[axis])
-        if chunk[0] > 1 and dilation > 1 and (spec.sharded or lengths[axis] % dilation):
+        if chunk[0] > 1 and dilation > 1 and ((spec.sharded and not spec.lengths) or lengths[axis] % dilation):
             box += 1  # groups of one step differ in length by one, and so does where their windows end
+        longest = -(-lengths[axis] // dilation)
         if spec.sharded:
+            box = min(box, longest) if spec.lengths else box
             num_tiles = -(-(query_tokens[axis] + dilation * size - 1) // (dilation * size))
             overhang = size + spec.stride[axis]  # of a box over the windows of the shard's own queries
             margin = overhang + box - spec.window[axis]
             num_keys = max(box, margin + -(-key_tokens[axis] // dilation) + 1 + overhang)
         else:
-            longest = -(-key_tokens[axis] // dilation)
             box = min(box, longest)
             num_tiles, num_keys, margin = -(-longest // size), longest, 0
         axes.append(

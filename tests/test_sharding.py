@@ -1,0 +1,371 @@
+"""Batch and heads split over a mesh: every cell is checked for the collectives in HLO and for its numbers."""
+
+import functools
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_na
+from jax_na._sharding import plan
+from jax_na._spec import Inputs
+
+COLLECTIVE = re.compile(r"= \S+ (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
+COLLECTIVE_NAMES = {"all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"}
+HEADS, DIM = 8, 4
+SPATIAL = {1: (9,), 2: (6, 5), 3: (4, 3, 5)}
+WINDOW = {1: (3,), 2: (3, 3), 3: (3, 1, 3)}
+
+
+def collectives(compiled) -> set[str]:
+    return set(COLLECTIVE.findall(compiled.as_text()))
+
+
+def make_mesh(kind: AxisType, shape=(2, 4), names=("x", "y")):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+@functools.lru_cache
+def make_inputs(rank: int = 2, kv_heads: int = HEADS, bias: bool = False, extra: int = 0, batch: int = 4) -> Inputs:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    spatial = SPATIAL[rank]
+    return Inputs(
+        normal(batch, *spatial, HEADS, DIM),
+        normal(batch, *spatial, kv_heads, DIM),
+        normal(batch, *spatial, kv_heads, DIM + 1),
+        normal(HEADS, *(2 * k - 1 for k in WINDOW[rank])) if bias else None,
+        normal(batch, extra, kv_heads, DIM) if extra else None,
+        normal(batch, extra, kv_heads, DIM + 1) if extra else None,
+    )
+
+
+def attend(inputs: Inputs):
+    return jax_na.neighborhood_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        WINDOW[inputs.query.ndim - 3],
+        bias=inputs.bias,
+        additional_keys=inputs.extra_key,
+        additional_values=inputs.extra_value,
+        return_lse=True,
+    )
+
+
+def total(values):
+    out, lse = values
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+
+def loss(inputs: Inputs):
+    return total(attend(inputs))
+
+
+def tangent(inputs: Inputs):
+    return jax.jvp(attend, (inputs,), (jax.tree.map(jnp.sin, inputs),))
+
+
+PASSES = {"forward": attend, "backward": jax.grad(loss), "tangent": tangent}
+
+
+@functools.lru_cache
+def expected(name: str, **arguments):
+    return jax.jit(PASSES[name])(make_inputs(**arguments))
+
+
+def place(inputs: Inputs, mesh, batch, heads, kv_heads=..., spatial=None, bias_heads=...) -> Inputs:
+    """Put the operands on ``mesh`` with the given axes on batch, heads and the first spatial axis."""
+    kv_heads = heads if kv_heads is ... else kv_heads
+    rest = (None,) * (inputs.query.ndim - 4)
+    token = P(batch, spatial, *rest, kv_heads, None)
+    specs = Inputs(
+        P(batch, spatial, *rest, heads, None),
+        token,
+        token,
+        P(heads if bias_heads is ... else bias_heads),
+        P(batch, None, kv_heads, None),
+        P(batch, None, kv_heads, None),
+    )
+    return Inputs(
+        *(None if a is None else jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(inputs, specs, strict=True))
+    )
+
+
+def close(actual, wanted):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, wanted)
+
+
+def run(function, inputs, wanted, allowed=frozenset()):
+    compiled = jax.jit(function).lower(inputs).compile()
+    result = compiled(inputs)
+    close(result, wanted)
+    assert collectives(compiled) <= set(allowed), collectives(compiled)
+    return result
+
+
+over_passes = pytest.mark.parametrize("name", PASSES)
+over_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+
+
+def in_mesh(mesh):
+    return jax.set_mesh(mesh)
+
+
+@over_kinds
+@over_passes
+@pytest.mark.parametrize(
+    ("batch", "heads", "arguments"),
+    [
+        ("x", None, {"rank": 1}),
+        (None, "y", {"rank": 2}),
+        ("x", "y", {"rank": 3}),
+        ("y", "x", {"kv_heads": 2}),
+        (None, ("x", "y"), {}),
+        ("x", "y", {"kv_heads": 4, "extra": 3}),
+    ],
+    ids=["batch", "heads", "both", "gqa", "two-axes-one-dim", "extra"],
+)
+def test_batch_and_heads_need_no_collective(kind, name, batch, heads, arguments):
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(**arguments), mesh, batch, heads)
+        result = run(PASSES[name], inputs, expected(name, **arguments))
+    want = P(batch, *(None,) * len(SPATIAL[arguments.get("rank", 2)]), heads, None)
+    assert jax.tree.leaves(result)[0].sharding.is_equivalent_to(NamedSharding(mesh, want), inputs.query.ndim)
+
+
+@over_passes
+def test_auto_without_a_mesh_in_context(name):
+    inputs = place(make_inputs(), make_mesh(AxisType.Auto), "x", "y")
+    run(PASSES[name], inputs, expected(name))
+
+
+@over_kinds
+@over_passes
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_replicated_key_value_heads(kind, name, kv_heads):
+    """More devices than key/value heads: key and value are replicated, only their gradients are summed."""
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(kv_heads=kv_heads, extra=2), mesh, "x", "y", kv_heads=None)
+        allowed = {"all-reduce", "all-gather"} if name == "backward" else ()
+        run(PASSES[name], inputs, expected(name, kv_heads=kv_heads, extra=2), allowed)
+
+
+@over_kinds
+@over_passes
+@pytest.mark.parametrize("batch", [None, "x"])
+def test_bias(kind, name, batch):
+    """Bias is sharded like the heads; its gradient is summed over the batch axes."""
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(bias=True), mesh, batch, "y")
+        run(PASSES[name], inputs, expected(name, bias=True), {"all-reduce"} if name == "backward" and batch else ())
+
+
+@over_kinds
+@over_passes
+def test_replicated_key_value(kind, name):
+    """Key and value replicated, query sharded: each device takes its part, and only gradients travel."""
+    mesh = make_mesh(kind)
+    given = make_inputs()
+    with in_mesh(mesh):
+        sharded, whole = place(given, mesh, "x", "y"), place(given, mesh, None, None)
+        inputs = whole._replace(query=sharded.query)
+        run(
+            PASSES[name],
+            inputs,
+            expected(name),
+            {"all-gather", "all-reduce", "reduce-scatter"} if name == "backward" else (),
+        )
+
+
+@over_kinds
+@over_passes
+def test_spatial_sharding_gathers_and_warns(kind, name):
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(), mesh, "y", None, spatial="x")
+        with pytest.warns(UserWarning, match="sharded_neighborhood_attention"):
+            compiled = jax.jit(PASSES[name]).lower(inputs).compile()
+        close(compiled(inputs), expected(name))
+        assert "all-gather" in collectives(compiled)
+
+
+def test_spatial_and_feature_sharding_of_one_operand_gathers():
+    mesh = make_mesh(AxisType.Auto)
+    inputs = place(make_inputs(), mesh, None, None)
+    inputs = inputs._replace(
+        key=jax.device_put(inputs.key, NamedSharding(mesh, P(None, "x", None, "y"))),
+        query=jax.device_put(inputs.query, NamedSharding(mesh, P(None, None, None, None, "y"))),
+    )
+    with pytest.warns(UserWarning, match="spatial"):
+        close(jax.jit(attend)(inputs), expected("forward"))
+
+
+@over_passes
+def test_conflicting_shardings_follow_the_query(name):
+    mesh = make_mesh(AxisType.Auto)
+    given = make_inputs()
+    first, second = place(given, mesh, "x", "y"), place(given, mesh, "y", "x")
+    inputs = first._replace(key=second.key)
+    run(PASSES[name], inputs, expected(name), COLLECTIVE_NAMES)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@over_passes
+def test_inside_shard_map(name, check_vma):
+    mesh = make_mesh(AxisType.Auto)
+    inputs = place(make_inputs(), mesh, "x", "y")
+    spec = P("x", None, None, "y", None)
+    specs = Inputs(spec, spec, spec)
+
+    def mapped(inputs):
+        return jax.shard_map(
+            attend, mesh=mesh, in_specs=(specs,), out_specs=(spec, P("x", None, None, "y")), check_vma=check_vma
+        )(inputs)
+
+    functions = {
+        "forward": mapped,
+        "backward": jax.grad(lambda inputs: total(mapped(inputs))),
+        "tangent": lambda inputs: jax.jvp(mapped, (inputs,), (jax.tree.map(jnp.sin, inputs),)),
+    }
+    run(functions[name], inputs, expected(name), {"all-reduce"} if name == "backward" else ())
+
+
+def test_gradient_inside_shard_map_of_replicated_operands():
+    """Inside shard_map, with bias and key/value that do not vary over the mesh: their gradients are summed."""
+    mesh = make_mesh(AxisType.Auto)
+    given = make_inputs(bias=True)
+    given = given._replace(key=given.key[:1], value=given.value[:1])
+
+    def broadcast(inputs):
+        batch = inputs.query.shape[0]
+        return inputs._replace(
+            key=jnp.broadcast_to(inputs.key, (batch, *inputs.key.shape[1:])),
+            value=jnp.broadcast_to(inputs.value, (batch, *inputs.value.shape[1:])),
+        )
+
+    def gradient(inputs):
+        return jax.grad(lambda inputs: loss(broadcast(inputs)))(inputs)
+
+    spec, none = P("x"), P()
+    specs = Inputs(spec, none, none, none)
+    result = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(specs,), out_specs=specs))(given)
+    close(result, gradient(given))
+
+
+@over_passes
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("manual", ["x", "y"])
+def test_partially_manual_shard_map(name, kind, manual):
+    """The batch axis is manual, the heads axis is left to the partitioner or Explicit; and the other way round."""
+    other = {"x": "y", "y": "x"}[manual]
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(batch=8), mesh, manual, other)
+        spec = P(manual)
+        specs = Inputs(spec, spec, spec)
+
+        def mapped(inputs):
+            return jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=(spec, spec), axis_names={manual})(inputs)
+
+        functions = {
+            "forward": mapped,
+            "backward": jax.grad(lambda inputs: total(mapped(inputs))),
+            "tangent": lambda inputs: jax.jvp(mapped, (inputs,), (jax.tree.map(jnp.sin, inputs),)),
+        }
+        # Before 0.11, JAX gathers Explicit axes at the border of a partially manual shard_map, whatever it holds.
+        gathers = kind == AxisType.Explicit and jax.__version_info__ < (0, 11)
+        run(functions[name], inputs, expected(name, batch=8), {"all-gather"} if gathers else ())
+
+
+@over_kinds
+@over_passes
+def test_vmap_of_a_sharded_axis(kind, name):
+    """A mapped axis that is sharded stays sharded: it is not folded into the batch."""
+    mesh = make_mesh(kind)
+    given = make_inputs(batch=4)
+    wanted = expected(name, batch=4)
+    with in_mesh(mesh):
+        split = jax.tree.map(
+            lambda a: jax.device_put(a[:, None], NamedSharding(mesh, P("x", None, None, None, "y"))), given
+        )
+        function = jax.vmap(PASSES[name], spmd_axis_name="x" if kind == AxisType.Auto else None)
+        compiled = jax.jit(function).lower(split).compile()
+        close(jax.tree.map(lambda a: a[:, 0], compiled(split)), wanted)
+        assert not collectives(compiled)
+
+
+def test_vmap_with_spmd_axis_name_over_shard_map():
+    mesh = make_mesh(AxisType.Auto)
+    given = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), make_inputs(batch=4))
+    spec = P(None, None, None, "y", None)
+    specs = Inputs(spec, spec, spec)
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=(spec, P(None, None, None, "y")))
+    inputs = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P("x", None, None, None, "y"))), given)
+    compiled = jax.jit(jax.vmap(mapped, spmd_axis_name="x")).lower(inputs).compile()
+    close(jax.tree.map(lambda a: a.reshape(4, *a.shape[2:]), compiled(inputs)), expected("forward", batch=4))
+    assert not collectives(compiled)
+
+
+def test_eager_call_on_sharded_arrays():
+    inputs = place(make_inputs(), make_mesh(AxisType.Auto), "x", "y")
+    out, lse = attend(inputs)
+    close((out, lse), expected("forward"))
+    assert out.sharding.is_equivalent_to(inputs.query.sharding, 5)
+
+
+def test_sharding_propagates_through_a_layer():
+    """Shardings of weights reach the call, and the outputs keep them: the Shardy rule works in both directions."""
+    mesh = make_mesh(AxisType.Auto)
+    x = np.random.default_rng(0).normal(size=(4, 6, 5, 16)).astype(np.float32)
+    w = np.random.default_rng(1).normal(size=(3, 16, HEADS, DIM)).astype(np.float32)
+
+    def layer(x, w):
+        return jax_na.neighborhood_attention(*jnp.einsum("bxyc,nchd->nbxyhd", x, w), 3)
+
+    a, b = (jax.device_put(v, NamedSharding(mesh, s)) for v, s in ((x, P("x")), (w, P(None, None, "y"))))
+    compiled = jax.jit(layer).lower(a, b).compile()
+    assert not collectives(compiled)
+    assert compiled.output_shardings.is_equivalent_to(NamedSharding(mesh, P("x", None, None, "y", None)), 5)
+    np.testing.assert_allclose(compiled(a, b), layer(x, w), rtol=1e-5, atol=1e-5)
+
+
+FACTORS = [("b0", "s0", "h", "d"), ("b0", "t0", "g", "d")]
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "kv_heads", "axes", "slice_kv"),
+    [
+        (P("x"), P(), 8, {"b0": ("x",)}, False),
+        (P(), P("x"), 8, {"b0": ("x",)}, False),
+        (P(None, None, "y"), P(), 4, {"h": ("y",), "g": ("y",)}, False),
+        (P(None, None, "y"), P(), 1, {"h": ("y",)}, True),
+        (P(None, None, ("x", "y")), P(), 4, {"h": ("x", "y")}, True),
+        (P(None, None, "y"), P(), 3, {}, False),
+        (P(None, None, None, "y"), P(), 8, {}, False),
+        (P("y", None, "y"), P(None, None, "x"), 8, {"b0": ("y",), "h": ("x",), "g": ("x",)}, False),
+    ],
+)
+def test_plan(query, key, kv_heads, axes, slice_kv):
+    shapes = [(4, 9, 24, 4), (4, 9, kv_heads, 4)]
+    result = plan({"x": 2, "y": 4}, FACTORS, shapes, [query, key])
+    assert (result.axes, result.slice_kv) == (axes, slice_kv)
+
+
+def test_an_uneven_batch_is_gathered():
+    result = plan({"x": 2, "y": 4}, FACTORS, [(6, 9, 8, 4), (6, 9, 8, 4)], [P("y"), P("y")])
+    assert result.axes == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan({"x": 1}, FACTORS, [(6, 9, 8, 4), (6, 9, 8, 4)], [P(None, "x"), P(None, "x")])
