@@ -88,6 +88,30 @@ def test_a_shard_with_its_halo(implementation, sharded):
 
 
 @over_cuda
+@pytest.mark.parametrize("bias_axis", [None, 0], ids=["shared-bias", "mapped-bias"])
+def test_vmap_of_the_gradient(implementation, bias_axis):
+    """Mapped axes are one more leading dimension; the bias table is one for all or one per mapped entry."""
+    case = Case("2d", (9, 10), (3, 5), batch=2, heads=4, kv_heads=2, dim=64, bias=True)
+    inputs = [case.inputs(jnp.bfloat16, seed) for seed in range(3)]
+    if _backends.IMPLEMENTATIONS[implementation].why_not_on("cuda", case.spec(), inputs[0]) is not None:
+        return
+    stacked = [jnp.stack(arrays) for arrays in zip(*((x.query, x.key, x.value, x.bias) for x in inputs), strict=True)]
+    if bias_axis is None:
+        stacked[3] = stacked[3][0]
+
+    def loss(implementation, query, key, value, bias):
+        call = functools.partial(jax_na.neighborhood_attention, implementation=implementation, **case.arguments())
+        return jnp.sum(jnp.sin(call(query, key, value, bias=bias).astype(jnp.float32)))
+
+    def run(implementation):
+        grad = jax.grad(functools.partial(loss, implementation), argnums=(0, 1, 2, 3))
+        return jax.jit(jax.vmap(grad, in_axes=(0, 0, 0, bias_axis)))(*stacked)
+
+    for found, expected in zip(run(implementation), run("xla"), strict=True):
+        assert relative_error(found, expected) < 3e-2
+
+
+@over_cuda
 def test_gradients_are_reproducible_when_asked(implementation):
     case = Case("2d", (40, 37), (9, 8), batch=2, heads=4, kv_heads=2, dim=64)
     inputs = case.inputs(jnp.bfloat16)

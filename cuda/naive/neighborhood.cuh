@@ -51,6 +51,7 @@ struct Box {
     Cell result{0, 0};
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
+      JAX_NA_DEVICE_ASSERT(t[a] < axis[a].count && axis[a].first + t[a] * axis[a].step < len[a]);
       result.token = result.token * len[a] + axis[a].first + t[a] * axis[a].step;
       result.bias = result.bias * (2 * problem.axis[a].window - 1) + axis[a].bias_first + t[a] * axis[a].bias_step;
     }
