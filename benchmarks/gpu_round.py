@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -28,7 +30,11 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
     """The `gpu` tests, none of which may be skipped."""
     report = pathlib.Path("gpu_tests.xml").resolve()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", "tests", *arguments]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if importlib.util.find_spec("xdist"):  # compilation by XLA is most of the time
+        command += ["-n", "5", "--dist", "loadgroup"]
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "3"}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     print(process.stdout[-6000:], process.stderr[-2000:])
     import xml.etree.ElementTree as ElementTree
 
