@@ -149,8 +149,6 @@ def _mapped(spec: Spec, split: Split, mesh: Any, names: frozenset[str], given: t
 def _split(spec: Spec, inputs: Inputs, partition: PartitionSpec, mesh_shape: dict[str, int], local: bool) -> Split:
     """Check ``partition`` against the mesh and the operands; with ``local`` the operands are already blocks."""
     query, rank = inputs.query, spec.rank
-    if len(partition) > query.ndim:
-        raise ValueError(f"partition={partition} has {len(partition)} entries, but query has {query.ndim} axes")
     entries = [as_axes(entry) for entry in (*partition, *(None,) * (query.ndim - len(partition)))]
     batch, spatial, heads, dim = entries[0], entries[1 : 1 + rank], entries[-2], entries[-1]
     if dim:
@@ -248,6 +246,8 @@ def sharded_neighborhood_attention(
     # The description of the whole call: checked on global shapes.
     mesh_shape = dict(mesh.shape)
     check_rank("query", inputs.query)
+    if len(partition) > inputs.query.ndim:
+        raise ValueError(f"partition={partition} has {len(partition)} entries, but query has {inputs.query.ndim} axes")
     entries = [as_axes(entry) for entry in (*partition, *(None,) * (inputs.query.ndim - len(partition)))]
     ways = [math.prod(mesh_shape.get(name, 1) for name in axes) if local else 1 for axes in entries]
     whole = jax.ShapeDtypeStruct([n * w for n, w in zip(inputs.query.shape, ways, strict=True)], inputs.query.dtype)

@@ -322,7 +322,8 @@ class Tiles:
 
     def _box_index(self, coords: Array) -> tuple[Array, ...]:
         first = (coords[i] * size for i, size in enumerate(self.plan.chunk))
-        return (*first, *(jnp.asarray(g.box_start)[coords[0], coords[3 + i]] for i, g in enumerate(self.axes)), 0)
+        starts = (jnp.asarray(g.box_start)[coords[0], coords[3 + i]] for i, g in enumerate(self.axes))
+        return int32((*first, *starts, 0))
 
     def box(self, buffer: Array, coords: Array) -> Array:
         """The step's box of a key buffer: ``[g, b, h, keys, C]``."""
@@ -376,11 +377,16 @@ class Tiles:
             )
             index.append(ahead + a.box + a.window - 1)
             sizes.append(a.box + a.tile - 1)
-        x = lax.dynamic_slice(bias, index, sizes)
+        x = lax.dynamic_slice(bias, int32(index), sizes)
         for a in plan.axes:  # each turns the first remaining axis into a last pair (query, key)
             x = _toeplitz(jnp.moveaxis(x, 3, -1), a.tile)
         pairs = x.transpose(0, 1, 2, *range(3, 3 + 2 * rank, 2), *range(4, 4 + 2 * rank, 2))
         return pairs.reshape(1, *pairs.shape[:3], math.prod(plan.tile), math.prod(plan.box))
+
+
+def int32(index: Sequence[Array]) -> list[Array]:
+    """Index arguments of one dtype: in x64 mode a Python integer beside them would be int64."""
+    return [jnp.asarray(i, jnp.int32) for i in index]
 
 
 def _embed(x: Array, lengths: Sequence[int], shifts: Sequence[Array], fill: float) -> Array:
@@ -391,12 +397,12 @@ def _embed(x: Array, lengths: Sequence[int], shifts: Sequence[Array], fill: floa
         pads = [(0, 0), *pads, *[(0, 0)] * (x.ndim - 1 - rank)]
         return x if not any(map(any, pads)) else jnp.pad(x, pads, constant_values=fill)
     buffer = jnp.full((x.shape[0], *lengths, *x.shape[1 + rank :]), fill, x.dtype)
-    return lax.dynamic_update_slice(buffer, x, (0, *shifts, *[0] * (x.ndim - 1 - rank)))
+    return lax.dynamic_update_slice(buffer, x, int32((0, *shifts, *[0] * (x.ndim - 1 - rank))))
 
 
 def _extract(x: Array, lengths: Sequence[int], shifts: Sequence[Array]) -> Array:
     rank = len(lengths)
-    index = (0, *shifts, *[0] * (x.ndim - 1 - rank))
+    index = int32((0, *shifts, *[0] * (x.ndim - 1 - rank)))
     return lax.dynamic_slice(x, index, (x.shape[0], *lengths, *x.shape[1 + rank :]))
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_na._spec import Inputs, Spec, accumulation_dtype
-from jax_na._tiles import Tiles, loop, make_tiles
+from jax_na._tiles import Tiles, int32, loop, make_tiles
 
 Array = Any
 
@@ -70,12 +70,12 @@ class _Call:
     def extra_chunk(self, extra: Array, coords: Array) -> Array:
         """The step's batch entries and heads of ``[B, Hkv, M, C]``."""
         _, b, h = self.tiles.plan.chunk
-        index = (coords[1] * b, coords[2] * h, 0, 0)
+        index = int32((coords[1] * b, coords[2] * h, 0, 0))
         return jax.lax.dynamic_slice(extra, index, (b, h, *extra.shape[2:])).astype(self.acc)
 
     def add_extra(self, buffer: Array, coords: Array, update: Array) -> Array:
         _, b, h = self.tiles.plan.chunk
-        index = (coords[1] * b, coords[2] * h, 0, 0)
+        index = int32((coords[1] * b, coords[2] * h, 0, 0))
         return jax.lax.dynamic_update_slice(buffer, jax.lax.dynamic_slice(buffer, index, update.shape) + update, index)
 
     def zeros_like(self, x: Array) -> Array:

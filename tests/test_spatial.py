@@ -1,0 +1,271 @@
+"""Spatial axes split over a mesh: equal to the unsharded call, and nothing but the halo travels."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_na
+from jax_na._spatial import exchange, halo_widths
+from jax_na._window import visible
+
+COLLECTIVE = re.compile(r"= (\S+) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
+SHAPE = re.compile(r"(f32|bf16|f16|f64)\[([\d,]*)\]")
+
+
+def make_mesh(kind=AxisType.Auto):
+    return jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
+
+
+def traffic(compiled) -> dict[str, int]:
+    """Elements each device receives, by kind of collective."""
+    result: dict[str, int] = {}
+    for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
+        elements = sum(np.prod([int(n) for n in dims.split(",") if n], dtype=int) for _, dims in SHAPE.findall(shapes))
+        result[kind] = result.get(kind, 0) + int(elements)
+    return result
+
+
+def operands(spatial, heads=2, kv_heads=2, dim=4, dim_v=4, batch=2, bias_window=None, extra=0):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    given = {
+        "query": normal(batch, *spatial, heads, dim),
+        "key": normal(batch, *spatial, kv_heads, dim),
+        "value": normal(batch, *spatial, kv_heads, dim_v),
+    }
+    if bias_window is not None:
+        given["bias"] = normal(heads, *(2 * k - 1 for k in bias_window))
+    if extra:
+        given["additional_keys"] = normal(batch, extra, kv_heads, dim)
+        given["additional_values"] = normal(batch, extra, kv_heads, dim_v)
+    return given
+
+
+def total(values):
+    out, lse = values
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+
+def compare(given, mesh, partition, *, exact=True, gradients=True, **arguments):
+    """Values bitwise (``exact``), gradients within tolerance; returns the traffic of the forward and backward pass."""
+    whole = functools.partial(jax_na.neighborhood_attention, return_lse=True, **arguments)
+    split = functools.partial(
+        jax_na.sharded_neighborhood_attention, return_lse=True, partition=partition, mesh=mesh, **arguments
+    )
+
+    def both(function):
+        def run(given):
+            values, vjp = jax.vjp(lambda given: function(**given), given)
+            return (values, vjp(jax.grad(total)(values))) if gradients else values
+
+        return jax.jit(run)
+
+    with jax.set_mesh(mesh):
+        tokens = {"query", "key", "value"}
+        fits = all(n % 8 == 0 for n in given["query"].shape[1:-2])
+        placed = given
+        if fits:
+            names = [*partition, *[None] * 5][: given["query"].ndim]
+            heads = names[-2] if given["key"].shape[-2] % 4 == 0 else None
+            token, short = P(*names[:-2], heads), P(names[0], None, heads)
+            specs = {n: token if n in tokens else P(names[-2]) if n == "bias" else short for n in given}
+            placed = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in given.items()}
+        compiled = both(split).lower(placed).compile()
+        actual = compiled(placed)
+    wanted = both(whole)(given)
+    values = (actual[0], wanted[0]) if gradients else (actual, wanted)
+    for a, b in zip(*values, strict=True):
+        if exact:
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+    if gradients:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual[1], wanted[1])
+    return traffic(compiled)
+
+
+@pytest.mark.parametrize(
+    ("spatial", "partition", "arguments"),
+    [
+        ((32,), P(None, "y"), {"window_size": 5}),
+        ((32,), P(None, "y"), {"window_size": 31}),
+        ((32,), P("x", "y"), {"window_size": 6, "stride": 3, "dilation": 2}),
+        ((33,), P(None, ("x", "y")), {"window_size": 8, "stride": 3}),
+        ((9,), P(None, ("x", "y")), {"window_size": 3, "dilation": 3}),
+        ((30,), P(None, "y"), {"window_size": 7, "is_causal": True}),
+        ((13,), P(None, "y"), {"window_size": 5, "stride": 2, "dilation": 2, "is_causal": True}),
+        ((8, 16), P(None, "x", "y"), {"window_size": (5, 6), "stride": (2, 6), "is_causal": (False, True)}),
+        ((7, 16), P(None, None, "y"), {"window_size": (5, 3), "dilation": (1, 4)}),
+        ((8, 3, 8), P(None, "x", None, "y"), {"window_size": (3, 2, 5), "is_causal": (True, False, False)}),
+    ],
+    ids=[
+        "1d",
+        "multi-hop",
+        "strided-dilated",
+        "uneven",
+        "empty-shards",
+        "causal",
+        "causal-uneven",
+        "2d",
+        "2d-dilated",
+        "3d",
+    ],
+)
+def test_equals_the_unsharded_call_bitwise(spatial, partition, arguments):
+    moved = compare(operands(spatial), make_mesh(), partition, **arguments)
+    assert set(moved) <= {"collective-permute"} or any(n % 8 for n in spatial), moved
+
+
+@pytest.mark.parametrize(
+    ("partition", "arguments"),
+    [
+        (P("x", "y"), {"bias_window": (3, 5), "extra": 3}),
+        (P(None, "x", None, "y"), {"heads": 4, "kv_heads": 4, "dim_v": 3}),
+        (P(None, "x", None, "y"), {"heads": 8, "kv_heads": 2, "extra": 2}),
+        (P("x", None, "y"), {"heads": 4, "kv_heads": 1}),
+    ],
+    ids=["bias-and-extra", "heads", "replicated-kv-heads", "mqa"],
+)
+def test_with_batch_heads_and_other_operands(partition, arguments):
+    moved = compare(operands((8, 16), **arguments), make_mesh(), partition, exact=False, window_size=(3, 5))
+    assert "all-gather" not in moved and "all-to-all" not in moved, moved
+
+
+def test_explicit_mesh():
+    mesh = make_mesh(AxisType.Explicit)
+    moved = compare(operands((16,)), mesh, P("x", "y"), exact=False, window_size=5)
+    assert set(moved) == {"collective-permute"}, moved
+
+
+@pytest.mark.parametrize(
+    ("length", "axes", "window", "stride", "dilation", "causal"),
+    [(64, "y", 7, 1, 1, False), (64, "y", 7, 1, 1, True), (64, "y", 8, 4, 2, False), (16, ("x", "y"), 7, 1, 1, False)],
+    ids=["plain", "causal", "strided-dilated", "multi-hop"],
+)
+def test_traffic_is_the_halo(length, axes, window, stride, dilation, causal):
+    """Forward: keys and values of the halo. Backward: the exchange of the residuals is reused, its gradients come back."""
+    mesh, shards = make_mesh(), 8 if isinstance(axes, tuple) else 4
+    arguments = {"window_size": window, "stride": stride, "dilation": dilation, "is_causal": causal}
+    block, left, right = halo_widths(length, shards, window, stride, dilation, causal)
+    given = operands((length,), batch=1)
+    halo = (left + right) * 2 * (4 + 4)  # tokens * heads * (D + Dv)
+    if not causal and block >= window:
+        assert left + right < window * dilation + stride * dilation
+    if causal:
+        assert right == 0
+    moved = compare(given, mesh, P(None, axes), gradients=False, **arguments)
+    assert moved == {"collective-permute": halo}
+    moved = compare(given, mesh, P(None, axes), **arguments)
+    assert moved == {"collective-permute": 2 * halo}
+
+
+def test_halo_widths_hold_every_window():
+    """Exhaustive on small axes: all keys of every query, padding included, lie in the tile, and the halo is as small as can be."""
+    for length in (5, 8, 13):
+        for shards in (2, 3, 4, 8):
+            for window in (1, 2, 3, 5):
+                for dilation in (1, 2):
+                    if window * dilation > length:
+                        continue
+                    for stride in range(1, window + 1):
+                        for causal in (False, True):
+                            block, left, right = halo_widths(length, shards, window, stride, dilation, causal)
+                            position = np.arange(length)
+                            seen = visible(position, position, length, window, stride, dilation, causal, np)
+                            key = [np.nonzero(row)[0] for row in seen]
+                            needs = [
+                                (q // block * block - k.min(), k.max() - (q // block + 1) * block + 1)
+                                for q, k in enumerate(key)
+                            ]
+                            assert left >= max(0, *(a for a, _ in needs)) and right >= max(0, *(b for _, b in needs))
+                            if length % shards == 0:
+                                assert left == max(0, *(a for a, _ in needs)) and right == max(0, *(b for _, b in needs))
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 3), (2, 0), (5, 7), (1, 1)])
+def test_exchange(left, right):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    block = 2
+    x = jnp.arange(1.0, 8 * block + 1)
+    spec = P("x")
+    extended = jax.jit(
+        jax.shard_map(lambda x: exchange(x, 0, ("x",), 8, left, right), mesh=mesh, in_specs=spec, out_specs=spec)
+    )(x).reshape(8, -1)
+    padded = np.pad(x, (left, right))
+    for shard, row in enumerate(extended):
+        np.testing.assert_array_equal(row, padded[shard * block : shard * block + left + block + right])
+
+
+def test_inside_shard_map():
+    mesh = make_mesh()
+    given = operands((16,))
+    arguments = {"window_size": 5, "stride": 2}
+    spec = P("x", "y")
+
+    def mapped(q, k, v):
+        call = functools.partial(jax_na.sharded_neighborhood_attention, partition=spec, **arguments)
+        return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec)(q, k, v)
+
+    wanted = jax_na.neighborhood_attention(**given, **arguments)
+    np.testing.assert_allclose(jax.jit(mapped)(*given.values()), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_other_transformations():
+    """vmap, jvp, remat with the shipped policy."""
+    mesh = make_mesh()
+    given = tuple(operands((16,)).values())
+    split = functools.partial(jax_na.sharded_neighborhood_attention, partition=P(None, "y"), mesh=mesh, window_size=5)
+    whole = functools.partial(jax_na.neighborhood_attention, window_size=5)
+    mapped = tuple(jnp.stack([a, a + 1]) for a in given)
+    np.testing.assert_allclose(jax.jit(jax.vmap(split))(*mapped), jax.vmap(whole)(*mapped), rtol=1e-5, atol=1e-6)
+    tangents = tuple(map(jnp.sin, given))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.jit(functools.partial(jax.jvp, split))(given, tangents),
+        jax.jvp(whole, given, tangents),
+    )
+    saved = jax.checkpoint(split, policy=jax_na.save_attention_residuals)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        jax.jit(jax.grad(lambda *given: jnp.sum(jnp.sin(saved(*given))), (0, 1, 2)))(*given),
+        jax.grad(lambda *given: jnp.sum(jnp.sin(whole(*given))), (0, 1, 2))(*given),
+    )
+
+
+def test_the_definition_agrees():
+    """The same through implementation="reference": the halo operand means the same to every implementation."""
+    compare(operands((7, 8)), make_mesh(), P(None, None, "y"), exact=False, window_size=3, implementation="reference")
+
+
+def test_errors():
+    mesh = make_mesh()
+    given = operands((16,), heads=6, kv_heads=3)
+
+    def call(partition, mesh=mesh, **arguments):
+        return jax_na.sharded_neighborhood_attention(**given, window_size=3, partition=partition, mesh=mesh, **arguments)
+
+    with pytest.raises(ValueError, match="needs a mesh"):
+        call(P(None, "x"), mesh=None)
+    with pytest.raises(ValueError, match="head dimension"):
+        call(P(None, None, None, "x"))
+    with pytest.raises(ValueError, match="names 'z', but the mesh has axes x, y"):
+        call(P(None, "z"))
+    with pytest.raises(ValueError, match="twice"):
+        call(P("x", "x"))
+    with pytest.raises(ValueError, match="has 5 entries"):
+        call(P(None, None, None, None, "x"))
+    with pytest.raises(ValueError, match="batch 2 is not a multiple of the 4 devices"):
+        call(P("y"))
+    with pytest.raises(ValueError, match="6 query heads and 3 key/value heads cannot be split over the 2 devices"):
+        call(P(None, None, "x"))
+    with pytest.raises(ValueError, match="window_size=17"):
+        jax_na.sharded_neighborhood_attention(**given, window_size=17, partition=P(None, "x"), mesh=mesh)
