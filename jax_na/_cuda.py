@@ -159,18 +159,35 @@ FAMILIES: tuple[Family, ...] = (Family("naive", 80, False, _why_not_dtype, backw
 
 
 def candidates(spec: Spec, inputs: Inputs, is_backward: bool, only: str | None = None) -> list[Family]:
-    """The families that serve a call statically, in order of preference."""
-    named = [family for family in FAMILIES if only in (None, family.name)]
-    return [family for family in named if family.why_not(spec, inputs, is_backward) is None]
+    """The families that serve a call statically, in order of preference, without those that no device would reach."""
+    built = lane().families  # empty where the lane is missing: then this is lowered for another machine
+    result: list[Family] = []
+    for family in FAMILIES:
+        if only not in (None, family.name) or (built and family.name not in built):
+            continue
+        if any(not earlier.exact and earlier.capability <= family.capability for earlier in result):
+            continue
+        if family.why_not(spec, inputs, is_backward) is None:
+            result.append(family)
+    return result
+
+
+def _reasons(only: str | None, spec: Spec, inputs: Inputs, is_backward: bool) -> str:
+    """Why no family serves a call."""
+    built = lane().families
+    reasons = {}
+    for family in FAMILIES:
+        if only in (None, family.name):
+            missing = built and family.name not in built
+            reasons[family.name] = "it is not in this build" if missing else str(family.why_not(spec, inputs, is_backward))
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def why_not(only: str | None, spec: Spec, inputs: Inputs) -> str | None:
     """``why_not`` of the implementations "cuda" (``only=None``) and "cuda_<only>"."""
-    if candidates(spec, inputs, False, only):
-        return None
-    reason = _why_not_dtype(spec, inputs)
-    named = [family for family in FAMILIES if only in (None, family.name)]
-    return reason or "; ".join(f"{family.name}: {family.why_not(spec, inputs, False)}" for family in named)
+    return None if candidates(spec, inputs, False, only) else _reasons(only, spec, inputs, False)
 
 
 # --- the custom calls ------------------------------------------------------------------------------------------------
@@ -262,10 +279,8 @@ def _backward_call(
 def _families_for(only: str | None, spec: Spec, inputs: Inputs, is_backward: bool) -> list[Family]:
     found = candidates(spec, inputs, is_backward, only)
     if not found:  # a family may serve the forward pass of a call and not its backward
-        reasons = [f"{f.name}: {f.why_not(spec, inputs, is_backward)}" for f in FAMILIES if only in (None, f.name)]
-        raise NotImplementedError(
-            f"no CUDA kernel for the {'backward' if is_backward else 'forward'} pass: {'; '.join(reasons)}"
-        )
+        which = "backward" if is_backward else "forward"
+        raise NotImplementedError(f"no CUDA kernel for the {which} pass: {_reasons(only, spec, inputs, is_backward)}")
     return found
 
 
