@@ -1,0 +1,14 @@
+// Hopper backward, head dimension 32: 64 keys by 64 queries, one consumer warpgroup, several CTAs per SM.
+#include "backward_launch_sm90.cuh"
+
+namespace jax_na::hopper {
+
+template <typename T, BackwardPass kPass>
+using Config = BackwardConfig<T, 32, 64, 1, 2, 3, kPass>;
+
+template <>
+Status launch_backward<32>(const BackwardLaunch& launch, cudaStream_t stream) {
+  return launch_any<Config>(launch, stream);
+}
+
+}  // namespace jax_na::hopper

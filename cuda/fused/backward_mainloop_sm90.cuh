@@ -1,0 +1,692 @@
+// Hopper backward mainloop: gradients of one outer tile over the boxes of the inner side that its windows reach.
+//
+// Pass kKeys (outer = keys): S^T = K Q^T, dP^T = V dO^T with keys on rows, P = exp2(S scale log2e - lse log2e), dS = P (dP - delta);
+//   dV += P^T dO and dK += dS^T Q take P and dS from registers; dS goes through shared memory for dQ += dS K, which is added to a
+//   float32 workspace in memory (red.global.add.v4). The query heads of a key/value head are looped inside the tile.
+// Pass kQueries (outer = queries): the same two products with queries on rows, dQ += dS K from registers; deterministic.
+// One producer warp (TMA for the tiles, cp.async for lse and delta) and one or two consumer warpgroups of 64 rows each.
+// Source of the schedule: FlashAttention-3 (arXiv 2407.08608), backward; own: window rule, masks, dq path, run-time boxes.
+#pragma once
+
+#include "../arch/sm90/barrier.h"
+#include "../arch/sm90/copy_async.h"
+#include "../arch/sm90/tma.h"
+#include "../arch/sm90/wgmma.h"
+#include "../arch/sm90/wgmma_first.h"
+#include "backward_params_sm90.h"
+
+namespace jax_na::hopper {
+
+// Registers and shared memory per configuration: see DESIGN.md, "Backward".
+template <typename T_, int D, int kInnerRows, int kWarpgroups, int kRing, int kCtasPerSm, BackwardPass kPass_>
+struct BackwardConfig {
+  using T = T_;
+  static constexpr BackwardPass kPass = kPass_;
+  static constexpr int kDim = D;
+  static constexpr int kConsumers = kWarpgroups;
+  static constexpr int kOuter = 64 * kWarpgroups;  // rows: keys in pass kKeys
+  static constexpr int kInner = kInnerRows;        // columns: queries in pass kKeys
+  static constexpr int kStages = kRing;
+  static constexpr int kMinCtas = kCtasPerSm;
+  static constexpr bool kReallocateRegisters = kConsumers > 1;
+  static constexpr int kConsumerThreads = 128 * kConsumers;
+  static constexpr int kThreads = kConsumerThreads + (kReallocateRegisters ? 128 : 32);
+  static constexpr int kRowBytes = D >= 64 ? 128 : 64;  // the swizzle span
+  static constexpr int kBlockChannels = kRowBytes / 2;
+  static constexpr int kChannelBlocks = D / kBlockChannels;
+  static constexpr int kOuterBlockBytes = kOuter * kRowBytes;
+  static constexpr int kInnerBlockBytes = kInner * kRowBytes;
+  // dq of one box: the warpgroups split its 64-row blocks, or its channels if there is one block only.
+  static constexpr bool kSplitChannels = kInner / 64 < kConsumers;
+  static constexpr int kDqChannels = kSplitChannels ? D / kConsumers : D;
+  static constexpr int kDsBuffers = kPass == BackwardPass::kQueries ? 0 : kConsumers > 1 ? 2 : 1;
+  static_assert(kSplitChannels ? kInner == 64 : kInner == 64 * kConsumers, "dq split");
+};
+
+// One axis of the tile at hand. Ordinals count the tokens of the dilation group that lie in this shard.
+struct TileAxis {
+  int32_t outer_first, outer_origin, outer_count;
+  int32_t inner_first, inner_begin;  // inner_begin: ordinal of the first inner token any row needs
+  int32_t range;                     // inner tokens from there on
+  int32_t boxes;                     // ceil(range / inner_box)
+  int32_t full_begin, full_end;      // relative to inner_begin: what every row of the tile sees
+};
+
+template <class C>
+struct BackwardShared {
+  alignas(1024) uint8_t outer0[C::kChannelBlocks * C::kOuterBlockBytes];
+  alignas(1024) uint8_t outer1[C::kChannelBlocks * C::kOuterBlockBytes];
+  alignas(1024) uint8_t inner0[C::kStages][C::kChannelBlocks * C::kInnerBlockBytes];
+  alignas(1024) uint8_t inner1[C::kStages][C::kChannelBlocks * C::kInnerBlockBytes];
+  alignas(1024) uint8_t ds[C::kDsBuffers > 0 ? C::kDsBuffers : 1][C::kDsBuffers > 0 ? C::kOuter * C::kInner * 2 : 16];
+  alignas(16) float2 stats[C::kStages][C::kInner];
+  alignas(16) uint4 prefix[kMaxPrefixRows];
+  int2 interval[kMaxRank][C::kOuter];  // what each row sees, relative to inner_begin
+  TileAxis axis[kMaxRank];
+  alignas(8) uint64_t full[C::kStages];
+  uint64_t empty[C::kStages];
+  uint64_t outer_full;
+};
+
+// Which tile, head and dilation group this CTA has; the same on all threads.
+struct TileIndex {
+  int32_t tile[kMaxRank];
+  int32_t group[kMaxRank];
+  int32_t head;  // of the outer side
+  int32_t batch;
+
+  // Tiles of one head and group are neighbours in launch order: they share what they read in L2.
+  __device__ __forceinline__ TileIndex(const BackwardParams& params, uint32_t linear) {
+#pragma unroll
+    for (int a = kMaxRank - 1; a >= 0; --a) tile[a] = params.axis[a].tiles.split(linear);
+#pragma unroll
+    for (int a = kMaxRank - 1; a >= 0; --a) group[a] = params.axis[a].groups.split(linear);
+    head = params.outer_heads.split(linear);
+    batch = linear;
+  }
+};
+
+// Both sides of one axis in this CTA's dilation group; `length` is the group's, on the global axis: windows clamp there.
+template <BackwardPass kPass>
+struct AxisSides {
+  int32_t length;
+  SideAxis outer, inner;
+
+  __device__ __forceinline__ AxisSides(const BackwardParams& params, const TileIndex& index, int a) {
+    const Axis& axis = params.axis[a].axis;
+    const int first_axis = kMaxRank - params.rank;
+    Shard shard{0, 0, axis.q_len};
+    if (params.sharded && a >= first_axis) shard = params.halo[a - first_axis];
+    length = group_length(shard.length, axis.dilation, index.group[a]);
+    const SideAxis queries = side_axis(shard.q_offset, axis.q_len, axis.dilation, index.group[a]);
+    const SideAxis keys = side_axis(shard.kv_offset, axis.kv_len, axis.dilation, index.group[a]);
+    outer = kPass == BackwardPass::kKeys ? keys : queries;
+    inner = kPass == BackwardPass::kKeys ? queries : keys;
+  }
+};
+
+template <BackwardPass kPass>
+__device__ __forceinline__ TileAxis tile_axis(const BackwardParams& params, const TileIndex& index, int a) {
+  const BackwardAxis& plan = params.axis[a];
+  const AxisSides<kPass> sides(params, index, a);
+  const SideAxis& outer = sides.outer;
+  const SideAxis& inner = sides.inner;
+  const int32_t length = sides.length;
+  TileAxis tile;
+  tile.outer_first = outer.first;
+  tile.outer_origin = index.tile[a] * plan.outer_box;
+  tile.outer_count = outer.count;
+  tile.inner_first = inner.first;
+  const int32_t end = min(tile.outer_origin + plan.outer_box, outer.count);
+  // Rows of a halo beyond the ends of the global axis see nothing and are seen by nothing.
+  const int32_t first_row = max(outer.base + tile.outer_origin, 0);
+  const int32_t last_row = min(outer.base + end, length) - 1;
+  Interval range{0, 0}, full{0, -1};
+  if (first_row <= last_row) {
+    const Interval low = inner_of_outer<kPass>(plan.axis, length, first_row);
+    const Interval high = inner_of_outer<kPass>(plan.axis, length, last_row);
+    range = {max(low.begin, inner.base), min(high.end, inner.base + inner.count)};
+    if (last_row - first_row + 1 == plan.outer_box) full = {high.begin - range.begin, low.end - range.begin};
+  }
+  tile.inner_begin = range.begin - inner.base;
+  tile.range = max(range.end - range.begin, 0);
+  tile.boxes = (tile.range + plan.inner_box - 1) / plan.inner_box;
+  tile.full_begin = full.begin;
+  tile.full_end = min(full.end, tile.range);
+  return tile;
+}
+
+// Coordinates of row `row` inside a box, 10 bits per axis (axis 2 lowest).
+__device__ __forceinline__ uint32_t packed_coordinates(uint32_t row, const FastDivisor& box1, const FastDivisor& box2) {
+  const uint32_t c2 = box2.split(row);
+  const uint32_t c1 = box1.split(row);
+  return row << 20 | c1 << 10 | c2;
+}
+__device__ __forceinline__ int32_t coordinate(uint32_t packed, int a) { return packed >> (20 - 10 * a) & 1023; }
+
+// What row `row` of the tile sees on axis a, relative to inner_begin; empty for rows that are no token.
+template <class C>
+__device__ __forceinline__ int2 row_interval(const BackwardParams& params, const BackwardShared<C>& shared, const TileIndex& index,
+                                             int row, int a) {
+  const AxisSides<C::kPass> sides(params, index, a);
+  const uint32_t packed = packed_coordinates(row, params.outer_box1, params.outer_box2);
+  const int32_t ordinal = shared.axis[a].outer_origin + coordinate(packed, a);
+  const int32_t i = sides.outer.base + ordinal;
+  if (row >= params.outer_volume || ordinal >= sides.outer.count || i < 0 || i >= sides.length) return make_int2(0, 0);
+  const Interval seen = inner_of_outer<C::kPass>(params.axis[a].axis, sides.length, i);
+  const int32_t begin = sides.inner.base + shared.axis[a].inner_begin;
+  return make_int2(max(seen.begin - begin, 0), min(seen.end - begin, shared.axis[a].range));
+}
+
+// Walks the boxes of a tile: query heads of the group outermost, then axis 0, 1, 2. Producer and consumers walk alike.
+template <class C>
+struct BoxWalk {
+  const BackwardShared<C>& shared;
+  int32_t box[kMaxRank] = {0, 0, 0};
+  int32_t head = 0;
+  __device__ __forceinline__ explicit BoxWalk(const BackwardShared<C>& s) : shared(s) {}
+  __device__ __forceinline__ void next() {
+    if (++box[2] < shared.axis[2].boxes) return;
+    box[2] = 0;
+    if (++box[1] < shared.axis[1].boxes) return;
+    box[1] = 0;
+    if (++box[0] < shared.axis[0].boxes) return;
+    box[0] = 0;
+    ++head;
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void load_tile(const CUtensorMap* map, const MapCoords& at, uint8_t* target, uint64_t* barrier,
+                                          int32_t block_bytes) {
+#pragma unroll
+  for (int block = 0; block < C::kChannelBlocks; ++block) {
+    sm90::tma_load_5d(sm90::smem_address(target) + block * block_bytes, map, barrier, at.c[0] + block * C::kBlockChannels, at.c[1],
+                      at.c[2], at.c[3], at.c[4]);
+  }
+}
+
+// ---- producer: one warp ----
+template <class C>
+__device__ __forceinline__ void produce(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index,
+                                        int32_t num_boxes) {
+  constexpr bool kKeysPass = C::kPass == BackwardPass::kKeys;
+  constexpr int kRowsPerLane = C::kInner / 32;
+  const int lane = threadIdx.x % 32;
+  if (num_boxes == 0) return;
+  int32_t at_token[kMaxRank];
+  if (lane == 0) {
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      at_token[a] = shared.axis[a].outer_first + shared.axis[a].outer_origin * params.axis[a].axis.dilation;
+    }
+    const MapCoords at = map_coords(params.outer_layout, index.head * C::kDim, at_token, index.batch);
+    sm90::mbarrier_arrive_expect_tx(&shared.outer_full, 2 * params.outer_volume * C::kDim * sizeof(typename C::T));
+    load_tile<C>(&params.outer0, at, shared.outer0, &shared.outer_full, C::kOuterBlockBytes);
+    load_tile<C>(&params.outer1, at, shared.outer1, &shared.outer_full, C::kOuterBlockBytes);
+  }
+  uint32_t coordinates[kRowsPerLane];
+  int32_t row_token[kRowsPerLane];
+#pragma unroll
+  for (int i = 0; i < kRowsPerLane; ++i) {
+    const int row = lane + 32 * i;
+    coordinates[i] = row < params.inner_volume ? packed_coordinates(row, params.inner_box1, params.inner_box2) : ~0u;
+    row_token[i] = 0;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) row_token[i] += coordinate(coordinates[i], a) * params.axis[a].inner_token_step;
+  }
+
+  BoxWalk<C> walk(shared);
+  sm90::RingPosition<C::kStages> ring;
+  for (int32_t it = 0; it < num_boxes; ++it) {
+    sm90::mbarrier_wait(&shared.empty[ring.slot], ring.parity ^ 1);
+    const int32_t head = kKeysPass ? index.head * params.group_heads + walk.head : index.head / params.group_heads;
+    int32_t limit[kMaxRank];
+    int64_t token = int64_t(index.batch) * params.heads + head;
+    token *= params.q_tokens;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const BackwardAxis& plan = params.axis[a];
+      const int32_t origin = walk.box[a] * plan.inner_box;
+      at_token[a] = shared.axis[a].inner_first + (shared.axis[a].inner_begin + origin) * plan.axis.dilation;
+      limit[a] = shared.axis[a].range - origin;
+      token += int64_t(at_token[a]) * plan.inner_token_stride;
+    }
+    if (lane == 0) {
+      const MapCoords at = map_coords(params.inner_layout, head * C::kDim, at_token, index.batch);
+      sm90::mbarrier_arrive_expect_tx(&shared.full[ring.slot], 2 * params.inner_volume * C::kDim * sizeof(typename C::T));
+      load_tile<C>(&params.inner0, at, shared.inner0[ring.slot], &shared.full[ring.slot], C::kInnerBlockBytes);
+      load_tile<C>(&params.inner1, at, shared.inner1[ring.slot], &shared.full[ring.slot], C::kInnerBlockBytes);
+    }
+    if constexpr (kKeysPass) {
+#pragma unroll
+      for (int i = 0; i < kRowsPerLane; ++i) {
+        bool valid = true;
+#pragma unroll
+        for (int a = 0; a < kMaxRank; ++a) valid &= coordinate(coordinates[i], a) < limit[a];
+        valid &= coordinates[i] != ~0u;
+        sm90::copy_async_8_or_zero(&shared.stats[ring.slot][lane + 32 * i], params.stats + (valid ? token + row_token[i] : 0),
+                                   valid);
+      }
+      sm90::copy_async_arrive(&shared.full[ring.slot]);
+    }
+    ring.advance();
+    walk.next();
+  }
+  if constexpr (kKeysPass) sm90::copy_async_wait_all();
+}
+
+// ---- the mask: which columns of a box a row of the tile sees ----
+// Bit 2 j + e of word[h]: row h (of the thread's two) sees column 8 j + 2 (lane % 4) + e.
+template <class C>
+struct RowMask {
+  uint32_t word[2];
+
+  __device__ __forceinline__ RowMask() : word{~0u, ~0u} {}
+
+  // Every row sees the whole box?
+  static __device__ __forceinline__ bool is_full(const BackwardParams& params, const BackwardShared<C>& shared,
+                                                 const int32_t (&box)[kMaxRank]) {
+    bool full = params.outer_volume == C::kOuter;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const int32_t origin = box[a] * params.axis[a].inner_box;
+      full &= origin >= shared.axis[a].full_begin && origin + params.axis[a].inner_box <= shared.axis[a].full_end;
+    }
+    return full;
+  }
+
+  // row: the first of the thread's two rows, eight apart.
+  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared, const int32_t (&box)[kMaxRank],
+                                     int row) {
+    const uint32_t* prefix = reinterpret_cast<const uint32_t*>(shared.prefix) + threadIdx.x % 4;
+    word[0] = word[1] = ~0u;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      if (a < kMaxRank - params.rank) continue;
+      const int32_t size = params.axis[a].inner_box;
+      const int32_t origin = box[a] * size;
+      const uint32_t* table = prefix + 4 * params.axis[a].prefix_row;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int2 interval = shared.interval[a][row + 8 * h];
+        const int32_t low = min(max(interval.x - origin, 0), size);
+        const int32_t high = min(max(interval.y - origin, 0), size);
+        word[h] &= table[4 * high] & ~table[4 * low];
+      }
+    }
+  }
+};
+
+// ---- global memory ----
+// fp32 accumulator pairs of an 8-column block and its right neighbour to 16-byte additions: even lanes take the left block.
+__device__ __forceinline__ void add_row(float* row, float left0, float left1, float right0, float right1, bool valid) {
+  const bool odd = threadIdx.x & 1;
+  const float got0 = __shfl_xor_sync(~0u, odd ? left0 : right0, 1);
+  const float got1 = __shfl_xor_sync(~0u, odd ? left1 : right1, 1);
+  if (!valid) return;
+  if (odd) {
+    sm90::reduce_add_x4(row + 8, got0, got1, right0, right1);
+  } else {
+    sm90::reduce_add_x4(row, left0, left1, got0, got1);
+  }
+}
+
+// Four 8-column blocks of one row, each a packed pair per lane of a quad, to 16 bytes per lane: lane q gets block q.
+__device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
+  const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
+  const uint32_t a = __shfl_xor_sync(~0u, high ? w0 : w2, 2);
+  const uint32_t b = __shfl_xor_sync(~0u, high ? w1 : w3, 2);
+  // Lanes 0, 1 now hold blocks 0, 1 of lanes l and l + 2; lanes 2, 3 hold blocks 2, 3 of lanes l - 2 and l.
+  const uint32_t e0 = high ? a : w0, e1 = high ? b : w1, f0 = high ? w2 : a, f1 = high ? w3 : b;
+  const uint32_t c = __shfl_xor_sync(~0u, odd ? e0 : e1, 1);
+  const uint32_t d = __shfl_xor_sync(~0u, odd ? f0 : f1, 1);
+  return odd ? make_uint4(c, e1, d, f1) : make_uint4(e0, c, f0, d);
+}
+
+template <class C>
+__device__ __forceinline__ void store_rows(void* target, const BackwardParams& params, const BackwardShared<C>& shared,
+                                           const TileIndex& index, int row, const float (&acc)[C::kDim / 2], float factor) {
+  using T = typename C::T;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const bool in_tile = row + 8 * h < params.outer_volume;
+    const uint32_t packed = packed_coordinates(in_tile ? row + 8 * h : 0, params.outer_box1, params.outer_box2);
+    bool valid = in_tile;
+    int64_t token = index.batch * params.outer_tokens;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const int32_t ordinal = shared.axis[a].outer_origin + coordinate(packed, a);
+      valid &= ordinal < shared.axis[a].outer_count;
+      token += int64_t(shared.axis[a].outer_first) * params.axis[a].outer_token_stride +
+               int64_t(ordinal) * params.axis[a].outer_token_step;
+    }
+    T* out = static_cast<T*>(target) + (token * params.outer_heads.divisor + index.head) * C::kDim + 8 * (threadIdx.x % 4);
+#pragma unroll
+    for (int j = 0; j < C::kDim / 8; j += 4) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        w[i] = sm90::pack_pair<T>(acc[4 * (j + i) + 2 * h] * factor, acc[4 * (j + i) + 2 * h + 1] * factor);
+      }
+      const uint4 words = transpose_quad(w[0], w[1], w[2], w[3]);
+      if (valid) *reinterpret_cast<uint4*>(out + 8 * j) = words;
+    }
+  }
+}
+
+// ---- consumers: one or two warpgroups of 64 rows ----
+template <class C>
+struct Consumer {
+  using T = typename C::T;
+  static constexpr bool kKeysPass = C::kPass == BackwardPass::kKeys;
+  static constexpr int kScores = C::kInner / 2;  // accumulator registers of S and dP
+  using Grads = sm90::Wgmma<T, C::kDim>;
+
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const TileIndex& index;
+  const int warpgroup;
+  const int row;  // the thread's first row of the tile; the second is eight further
+
+  // S or dP = outer (64 rows of this warpgroup) times inner transposed, over the channels.
+  __device__ __forceinline__ void issue_scores(float (&acc)[kScores], const uint8_t* outer, const uint8_t* inner) const {
+    const uint64_t a =
+        sm90::descriptor_k_major<C::kRowBytes>(sm90::smem_address(outer) + warpgroup * 64 * C::kRowBytes);
+    const uint64_t b = sm90::descriptor_k_major<C::kRowBytes>(sm90::smem_address(inner));
+    constexpr int kStepsPerBlock = C::kRowBytes / 32;
+#pragma unroll
+    for (int k = 0; k < C::kDim / 16; ++k) {
+      const int block = k / kStepsPerBlock, within = k % kStepsPerBlock * 32;
+      const uint64_t a_step = sm90::descriptor_advance(a, block * C::kOuterBlockBytes + within);
+      const uint64_t b_step = sm90::descriptor_advance(b, block * C::kInnerBlockBytes + within);
+      if (k == 0) {
+        sm90::WgmmaFirst<T, C::kInner>::template ss<false, false>(acc, a_step, b_step);
+      } else {
+        sm90::Wgmma<T, C::kInner>::template ss<false, false>(acc, a_step, b_step, true);
+      }
+    }
+    sm90::wgmma_commit();
+  }
+
+  // acc += registers (64 rows x inner) times inner tile (inner rows x channels).
+  __device__ __forceinline__ void issue_grads(float (&acc)[C::kDim / 2], const uint32_t (&a)[C::kInner / 16][4],
+                                              const uint8_t* inner) const {
+    const uint64_t b = sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(inner), C::kInnerBlockBytes);
+#pragma unroll
+    for (int k = 0; k < C::kInner / 16; ++k) {
+      Grads::template rs<true>(acc, a[k], sm90::descriptor_advance(b, k * 16 * C::kRowBytes), true);
+    }
+  }
+
+  // dq of 64 queries = dS (all rows of the tile) times K, this warpgroup's queries or channels.
+  __device__ __forceinline__ void issue_dq(float (&acc)[C::kDqChannels / 2], const uint8_t* ds) const {
+    const int query_block = C::kSplitChannels ? 0 : warpgroup;
+    const uint64_t a = sm90::descriptor_mn_major<128>(sm90::smem_address(ds) + query_block * C::kOuter * 128, 0);
+    const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
+    const uint32_t offset = channel / C::kBlockChannels * C::kOuterBlockBytes + channel % C::kBlockChannels * 2;
+    const uint64_t b = sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(shared.outer0) + offset, C::kOuterBlockBytes);
+#pragma unroll
+    for (int k = 0; k < C::kOuter / 16; ++k) {
+      const uint64_t a_step = sm90::descriptor_advance(a, k * 16 * 128);
+      const uint64_t b_step = sm90::descriptor_advance(b, k * 16 * C::kRowBytes);
+      if (k == 0) {
+        sm90::WgmmaFirst<T, C::kDqChannels>::template ss<true, true>(acc, a_step, b_step);
+      } else {
+        sm90::Wgmma<T, C::kDqChannels>::template ss<true, true>(acc, a_step, b_step, true);
+      }
+    }
+    sm90::wgmma_commit();
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void probabilities(float (&s)[kScores], const float2* stats, const float (&row_lse)[2],
+                                                const RowMask<C>& mask) const {
+    const float scale_log2 = params.scale_log2;
+#pragma unroll
+    for (int j = 0; j < C::kInner / 8; ++j) {
+      float lse[2] = {row_lse[0], row_lse[1]};
+      if constexpr (kKeysPass) {
+        const float4 pair = *reinterpret_cast<const float4*>(stats + 8 * j);
+        lse[0] = pair.x;
+        lse[1] = pair.z;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float p = exp2f_approximate(fmaf(s[4 * j + i], scale_log2, -(kKeysPass ? lse[i % 2] : lse[i / 2])));
+        if constexpr (kMasked) p = mask.word[i / 2] >> (2 * j + i % 2) & 1 ? p : 0.0f;
+        s[4 * j + i] = p;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ float exp2f_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+
+  static __device__ __forceinline__ void pack_fragments(uint32_t (&out)[C::kInner / 16][4], const float (&in)[kScores]) {
+#pragma unroll
+    for (int k = 0; k < C::kInner / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[k][i] = sm90::pack_pair<T>(in[8 * k + 2 * i], in[8 * k + 2 * i + 1]);
+    }
+  }
+
+  // dS to shared memory: [64-query block][key row][64 queries], 128-byte swizzle.
+  __device__ __forceinline__ void store_ds(uint8_t* ds, const uint32_t (&fragments)[C::kInner / 16][4]) const {
+    const int lane = threadIdx.x % 32;
+    const int matrix_row = row - lane / 4 + (lane / 8 % 2) * 8 + lane % 8;
+    const uint32_t base = sm90::smem_address(ds) + matrix_row * 128;
+#pragma unroll
+    for (int k = 0; k < C::kInner / 16; ++k) {
+      const int chunk = (2 * k + lane / 16) % 8;
+      const uint32_t address = base + k / 4 * (C::kOuter * 128) + ((chunk ^ matrix_row % 8) * 16);
+      sm90::stmatrix_x4(address, fragments[k][0], fragments[k][1], fragments[k][2], fragments[k][3]);
+    }
+  }
+
+  // Where the two dq rows of this thread go in the workspace.
+  struct DqTarget {
+    float* row;
+    bool valid;
+  };
+
+  __device__ __forceinline__ void dq_targets(DqTarget (&target)[2], const BoxWalk<C>& walk) const {
+    const int lane = threadIdx.x % 32;
+    const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
+    const int query = (C::kSplitChannels ? 0 : 64 * warpgroup) + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const int head = index.head * params.group_heads + walk.head;
+    int32_t limit[kMaxRank];
+    int64_t token = index.batch * params.q_tokens;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const BackwardAxis& plan = params.axis[a];
+      const int32_t origin = walk.box[a] * plan.inner_box;
+      limit[a] = min(shared.axis[a].range - origin, plan.inner_box);
+      token += int64_t(shared.axis[a].inner_first) * plan.inner_token_stride +
+               int64_t(shared.axis[a].inner_begin + origin) * plan.inner_token_step;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t packed = packed_coordinates(query + 8 * h, params.inner_box1, params.inner_box2);
+      bool valid = params.accumulate_dq;
+      int64_t query_token = token;
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        valid &= coordinate(packed, a) < limit[a];
+        query_token += coordinate(packed, a) * params.axis[a].inner_token_step;
+      }
+      // Lane q of a quad: columns 2 q of the left block (even q), 2 (q - 1) of the right one (odd).
+      target[h].row = params.grad_query_f32 + (query_token * params.heads + head) * C::kDim + channel + 2 * (lane % 4 & ~1);
+      target[h].valid = valid;
+    }
+  }
+
+  __device__ __forceinline__ static void add_dq(const float (&acc)[C::kDqChannels / 2], const DqTarget (&target)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < C::kDqChannels / 8; j += 2) {
+        add_row(target[h].row + 8 * j, acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], acc[4 * j + 4 + 2 * h], acc[4 * j + 5 + 2 * h],
+                target[h].valid);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void row_stats(float (&lse)[2], float (&delta)[2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool in_tile = row + 8 * h < params.outer_volume;
+      const uint32_t packed = packed_coordinates(in_tile ? row + 8 * h : 0, params.outer_box1, params.outer_box2);
+      bool valid = in_tile;
+      int64_t token = (int64_t(index.batch) * params.heads + index.head) * params.q_tokens;
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        const int32_t ordinal = shared.axis[a].outer_origin + coordinate(packed, a);
+        valid &= ordinal < shared.axis[a].outer_count;
+        token += int64_t(shared.axis[a].outer_first) * params.axis[a].outer_token_stride +
+                 int64_t(ordinal) * params.axis[a].outer_token_step;
+      }
+      const float2 stats = valid ? params.stats[token] : make_float2(0.0f, 0.0f);
+      lse[h] = stats.x;
+      delta[h] = stats.y;
+    }
+  }
+
+  __device__ __forceinline__ void run(int32_t num_boxes) {
+    float acc0[C::kDim / 2];                     // dk, or dq
+    float acc1[kKeysPass ? C::kDim / 2 : 1];     // dv
+#pragma unroll
+    for (int i = 0; i < C::kDim / 2; ++i) acc0[i] = 0.0f;
+    if constexpr (kKeysPass) {
+#pragma unroll
+      for (int i = 0; i < C::kDim / 2; ++i) acc1[i] = 0.0f;
+    }
+    if (num_boxes > 0) {
+      float row_lse[2] = {0.0f, 0.0f}, row_delta[2] = {0.0f, 0.0f};
+      if constexpr (!kKeysPass) row_stats(row_lse, row_delta);
+      BoxWalk<C> walk(shared);
+      sm90::RingPosition<C::kStages> ring;
+      float dq[kKeysPass ? C::kDqChannels / 2 : 1];
+#pragma unroll
+      for (float& x : dq) x = 0.0f;
+      DqTarget dq_target[2] = {{nullptr, false}, {nullptr, false}};
+      sm90::mbarrier_wait(&shared.outer_full, 0);
+#pragma unroll 1
+      for (int32_t it = 0; it < num_boxes; ++it) {
+        float s[kScores], dp[kScores];
+        sm90::mbarrier_wait(&shared.full[ring.slot], ring.parity);
+        sm90::wgmma_fence();
+        issue_scores(s, shared.outer0, shared.inner0[ring.slot]);
+        issue_scores(dp, shared.outer1, shared.inner1[ring.slot]);
+        const float2* stats = shared.stats[ring.slot] + 2 * (threadIdx.x % 4);
+        uint32_t p_fragments[kKeysPass ? C::kInner / 16 : 1][4], ds_fragments[C::kInner / 16][4];
+        if (RowMask<C>::is_full(params, shared, walk.box)) {
+          sm90::wgmma_wait<1>();
+          sm90::pin_registers(s);
+          probabilities<false>(s, stats, row_lse, RowMask<C>());
+        } else {
+          const RowMask<C> mask(params, shared, walk.box, row);
+          sm90::wgmma_wait<1>();
+          sm90::pin_registers(s);
+          probabilities<true>(s, stats, row_lse, mask);
+        }
+        if constexpr (kKeysPass) pack_fragments(p_fragments, s);
+        sm90::wgmma_wait<0>();
+        sm90::pin_registers(dp);
+#pragma unroll
+        for (int j = 0; j < C::kInner / 8; ++j) {
+          float delta[2] = {row_delta[0], row_delta[1]};
+          if constexpr (kKeysPass) {
+            const float4 pair = *reinterpret_cast<const float4*>(stats + 8 * j);
+            delta[0] = pair.y;
+            delta[1] = pair.w;
+          }
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (kKeysPass ? delta[i % 2] : delta[i / 2]));
+        }
+        pack_fragments(ds_fragments, dp);
+
+        sm90::wgmma_fence();
+        if constexpr (kKeysPass) issue_grads(acc1, p_fragments, shared.inner1[ring.slot]);
+        issue_grads(acc0, ds_fragments, shared.inner0[ring.slot]);
+        sm90::wgmma_commit();
+        if constexpr (kKeysPass) {
+          // A second buffer makes one barrier per box enough: whoever passes it has read the buffer of the box before.
+          uint8_t* ds = shared.ds[C::kDsBuffers > 1 ? it & 1 : 0];
+          store_ds(ds, ds_fragments);
+          sm90::fence_proxy_async();
+          sm90::named_barrier_sync(1, C::kConsumerThreads);
+          sm90::wgmma_fence();
+          issue_dq(dq, ds);
+          dq_targets(dq_target, walk);
+          sm90::wgmma_wait<1>();
+        } else {
+          sm90::wgmma_wait<0>();
+        }
+        sm90::pin_registers(acc0);
+        if constexpr (kKeysPass) sm90::pin_registers(acc1);
+        if (threadIdx.x % 32 == 0) sm90::mbarrier_arrive(&shared.empty[ring.slot]);
+        if constexpr (kKeysPass) {
+          sm90::wgmma_wait<0>();
+          sm90::pin_registers(dq);
+          add_dq(dq, dq_target);
+        }
+        ring.advance();
+        walk.next();
+      }
+    }
+    store_rows<C>(params.grad_outer0, params, shared, index, row, acc0, params.scale);
+    if constexpr (kKeysPass) store_rows<C>(params.grad_outer1, params, shared, index, row, acc1, 1.0f);
+  }
+};
+
+// Rows of a tile that no TMA box covers are zero for good: products with them must stay finite.
+template <class C>
+__device__ __forceinline__ void zero_uncovered_rows(uint8_t* tile, int32_t volume, int32_t rows) {
+  const int32_t chunks = (rows - volume) * (C::kRowBytes / 16);
+#pragma unroll 1
+  for (int block = 0; block < C::kChannelBlocks; ++block) {
+    uint4* target = reinterpret_cast<uint4*>(tile + (block * rows + volume) * C::kRowBytes);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < chunks; i += C::kConsumerThreads) target[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(const __grid_constant__ BackwardParams params) {
+  extern __shared__ uint8_t shared_memory[];
+  BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(
+      shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
+  const TileIndex index(params, blockIdx.x);
+  if (threadIdx.x < kMaxRank) shared.axis[threadIdx.x] = tile_axis<C::kPass>(params, index, threadIdx.x);
+  if (threadIdx.x == 32) {
+    for (int i = 0; i < C::kStages; ++i) {
+      sm90::mbarrier_init(&shared.full[i], C::kPass == BackwardPass::kKeys ? 33 : 1);
+      sm90::mbarrier_init(&shared.empty[i], C::kConsumerThreads / 32);
+    }
+    sm90::mbarrier_init(&shared.outer_full, 1);
+    sm90::fence_barrier_init();
+  }
+  __syncthreads();
+  int32_t num_boxes = C::kPass == BackwardPass::kKeys ? params.group_heads : 1;
+  bool empty = false;  // this dilation group is shorter than the longest one
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    num_boxes *= shared.axis[a].boxes;
+    empty |= shared.axis[a].outer_origin >= shared.axis[a].outer_count;
+  }
+  if (empty) return;
+
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == C::kConsumers) {
+    if constexpr (C::kReallocateRegisters) sm90::decrease_registers<24>();
+    if (threadIdx.x / 32 == C::kConsumerThreads / 32) produce<C>(params, shared, index, num_boxes);
+  } else {
+    if constexpr (C::kReallocateRegisters) sm90::increase_registers<240>();
+    for (int i = threadIdx.x; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
+    if (threadIdx.x < C::kOuter) {
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) shared.interval[a][threadIdx.x] = row_interval<C>(params, shared, index, threadIdx.x, a);
+    }
+    if (params.outer_volume < C::kOuter) {
+      zero_uncovered_rows<C>(shared.outer0, params.outer_volume, C::kOuter);
+      zero_uncovered_rows<C>(shared.outer1, params.outer_volume, C::kOuter);
+    }
+    if (params.inner_volume < C::kInner) {
+#pragma unroll 1
+      for (int i = 0; i < C::kStages; ++i) {
+        zero_uncovered_rows<C>(shared.inner0[i], params.inner_volume, C::kInner);
+        zero_uncovered_rows<C>(shared.inner1[i], params.inner_volume, C::kInner);
+      }
+    }
+    sm90::fence_proxy_async();
+    sm90::named_barrier_sync(2, C::kConsumerThreads);
+    Consumer<C>{params, shared, index, warpgroup, warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16 + int(threadIdx.x) % 32 / 4}.run(
+        num_boxes);
+  }
+}
+
+}  // namespace jax_na::hopper

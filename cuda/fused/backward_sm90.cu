@@ -1,0 +1,234 @@
+// Host side of the Hopper backward: what it serves, tile choice, tensor maps, the launches.
+#include "backward_sm90.h"
+
+#include <mutex>
+#include <string>
+#include <tuple>
+
+#include "backward_around_sm90.cuh"
+#include "backward_plan_sm90.h"
+
+namespace jax_na::hopper {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+
+// Regimes by head dimension and pass; times measured on an H200 (see DESIGN.md, "Backward").
+std::vector<BackwardRegime> backward_regimes(int32_t dim, BackwardPass pass) {
+  if (pass == BackwardPass::kQueries) {
+    if (dim == 128) return {{128, 64, 2200, 300, 3000}};
+    if (dim == 64) return {{128, 128, 2400, 500, 3000}};
+    return {{64, 64, 500, 100, 700}};
+  }
+  if (dim == 128) return {{128, 64, 2600, 300, 3500}};
+  if (dim == 64) return {{128, 128, 3300, 500, 3500}, {64, 64, 1250, 150, 1000}};
+  return {{64, 64, 800, 100, 800}};
+}
+
+struct BackwardPlan {
+  int32_t regime = 0;
+  BackwardBoxes boxes;
+};
+
+using PlanKey = std::array<int64_t, 6 * kMaxRank + 5>;
+
+PlanKey plan_key(const Problem& problem, BackwardPass pass) {
+  PlanKey key{};
+  int i = 0;
+  for (const Axis& axis : problem.axis) {
+    for (const int32_t value : {axis.q_len, axis.kv_len, axis.window, axis.stride, axis.dilation, axis.causal}) key[i++] = value;
+  }
+  for (const int64_t value :
+       {problem.batch, int64_t(problem.heads), int64_t(problem.kv_heads), int64_t(problem.dim), int64_t(pass)}) {
+    key[i++] = value;
+  }
+  return key;
+}
+
+// The search takes milliseconds: once per problem and process.
+BackwardPlan backward_plan(const Problem& problem, BackwardPass pass) {
+  static std::mutex mutex;
+  static auto* const cache = new std::map<PlanKey, BackwardPlan>;
+  const PlanKey key = plan_key(problem, pass);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = cache->find(key); found != cache->end()) return found->second;
+  BackwardPlan plan;
+  const auto regimes = backward_regimes(problem.dim, pass);
+  for (size_t i = 0; i < regimes.size(); ++i) {
+    const BackwardBoxes boxes = pass == BackwardPass::kKeys ? choose_backward_boxes<BackwardPass::kKeys>(problem, regimes[i])
+                                                            : choose_backward_boxes<BackwardPass::kQueries>(problem, regimes[i]);
+    if (boxes.found && (!plan.boxes.found || boxes.cost_ns < plan.boxes.cost_ns)) plan = {int32_t(i), boxes};
+  }
+  return cache->emplace(key, plan).first->second;
+}
+
+// Column bits of the inner box: see BackwardParams::prefix.
+void fill_prefix(BackwardParams* params, const std::array<int32_t, kMaxRank>& box) {
+  int32_t row = 0;
+  for (int a = 0; a < kMaxRank; ++a) {
+    params->axis[a].prefix_row = row;
+    for (int32_t t = 0; t <= box[a]; ++t, ++row) {
+      uint32_t bits[4] = {0, 0, 0, 0};
+      for (int32_t column = 0; column < params->inner_volume; ++column) {
+        const int32_t coordinates[kMaxRank] = {column / (box[1] * box[2]), column / box[2] % box[1], column % box[2]};
+        if (coordinates[a] < t) bits[column % 8 / 2] |= 1u << (column / 8 * 2 + column % 2);
+      }
+      params->prefix[row] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+    }
+  }
+}
+
+struct Side {
+  const void* tensor0;
+  const void* tensor1;
+  int32_t heads;
+  int32_t lengths[kMaxRank];
+};
+
+Status encode_side(const Problem& problem, DType dtype, const Side& side, const std::array<int32_t, kMaxRank>& shape,
+                   TokenLayout* layout, CUtensorMap* map0, CUtensorMap* map1) {
+  const int32_t box[kMaxRank] = {shape[0], shape[1], shape[2]};
+  if (!make_token_layout(layout, problem, side.lengths, box, side.heads, problem.dim)) {
+    return Status::error("Hopper backward: TMA cannot walk this dilation (above 8 it must divide the length of its axis)");
+  }
+  const CUtensorMapDataType type = dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapSwizzle swizzle = problem.dim == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  for (const auto& [map, tensor] : {std::pair{map0, side.tensor0}, std::pair{map1, side.tensor1}}) {
+    const char* failure = make_token_map(map, *layout, tensor, type, 2, problem.batch, side.lengths, side.heads, problem.dim, box,
+                                         std::min(problem.dim, 64), swizzle);
+    if (failure != nullptr) return Status::error(std::string("Hopper backward: ") + failure);
+  }
+  return {};
+}
+
+Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options, BackwardPass pass,
+                const float2* stats, float* grad_query_f32, cudaStream_t stream) {
+  const bool keys_pass = pass == BackwardPass::kKeys;
+  const BackwardPlan plan = backward_plan(problem, pass);
+  if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
+  const auto &outer = plan.boxes.outer, &inner = plan.boxes.inner;
+
+  Side queries{buffers.forward.query, buffers.grad_out, problem.heads, {}};
+  Side keys{buffers.forward.key, buffers.forward.value, problem.kv_heads, {}};
+  for (int a = 0; a < kMaxRank; ++a) {
+    queries.lengths[a] = problem.axis[a].q_len;
+    keys.lengths[a] = problem.axis[a].kv_len;
+  }
+  const Side &outer_side = keys_pass ? keys : queries, &inner_side = keys_pass ? queries : keys;
+
+  BackwardParams params;
+  if (Status s = encode_side(problem, options.dtype, outer_side, outer, &params.outer_layout, &params.outer0, &params.outer1); !s.ok()) return s;
+  if (Status s = encode_side(problem, options.dtype, inner_side, inner, &params.inner_layout, &params.inner0, &params.inner1); !s.ok()) return s;
+
+  int64_t num_tiles = problem.batch * outer_side.heads;
+  int32_t outer_stride = 1, inner_stride = 1;
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    BackwardAxis& axis = params.axis[a];
+    axis.axis = problem.axis[a];
+    axis.outer_box = outer[a];
+    axis.inner_box = inner[a];
+    axis.outer_token_stride = outer_stride;
+    axis.inner_token_stride = inner_stride;
+    axis.outer_token_step = outer_stride * axis.axis.dilation;
+    axis.inner_token_step = inner_stride * axis.axis.dilation;
+    outer_stride *= outer_side.lengths[a];
+    inner_stride *= inner_side.lengths[a];
+    const int32_t longest = (outer_side.lengths[a] + axis.axis.dilation - 1) / axis.axis.dilation;
+    axis.tiles = FastDivisor((longest + outer[a] - 1) / outer[a]);
+    axis.groups = FastDivisor(axis.axis.dilation);
+    num_tiles *= int64_t(axis.tiles.divisor) * axis.axis.dilation;
+  }
+  if (num_tiles >= (int64_t(1) << 31)) return Status::error("Hopper backward: too many tiles for one launch");
+  params.outer_heads = FastDivisor(outer_side.heads);
+  params.outer_box1 = FastDivisor(outer[1]);
+  params.outer_box2 = FastDivisor(outer[2]);
+  params.inner_box1 = FastDivisor(inner[1]);
+  params.inner_box2 = FastDivisor(inner[2]);
+  params.outer_volume = outer[0] * outer[1] * outer[2];
+  params.inner_volume = inner[0] * inner[1] * inner[2];
+  params.rank = problem.rank;
+  params.sharded = problem.sharded;
+  params.heads = problem.heads;
+  params.group_heads = problem.heads / problem.kv_heads;
+  params.q_tokens = problem.q_tokens();
+  params.outer_tokens = keys_pass ? problem.kv_tokens() : problem.q_tokens();
+  params.accumulate_dq = grad_query_f32 != nullptr;
+  params.scale = problem.scale;
+  params.scale_log2 = float(problem.scale * kLog2e);
+  params.halo = buffers.forward.halo;
+  params.stats = stats;
+  params.grad_query_f32 = grad_query_f32;
+  params.grad_outer0 = keys_pass ? buffers.grad_key : buffers.grad_query;
+  params.grad_outer1 = keys_pass ? buffers.grad_value : nullptr;
+  fill_prefix(&params, inner);
+
+  const BackwardLaunch launch{pass, options.dtype, plan.regime, num_tiles, &params};
+  if (problem.dim == 128) return launch_backward<128>(launch, stream);
+  if (problem.dim == 64) return launch_backward<64>(launch, stream);
+  return launch_backward<32>(launch, stream);
+}
+
+template <typename T>
+void launch_prepare(const PrepareParams& params, int32_t dim, cudaStream_t stream) {
+  const auto blocks = [&](int64_t lanes) {
+    return dim3(uint32_t((params.num_rows * lanes + kAroundThreads - 1) / kAroundThreads));
+  };
+  if (dim == 128) {
+    backward_prepare_kernel<T, 128><<<blocks(16), kAroundThreads, 0, stream>>>(params);
+  } else if (dim == 64) {
+    backward_prepare_kernel<T, 64><<<blocks(8), kAroundThreads, 0, stream>>>(params);
+  } else {
+    backward_prepare_kernel<T, 32><<<blocks(4), kAroundThreads, 0, stream>>>(params);
+  }
+}
+
+Status launch_status(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return {};
+  return Status::error(std::string("Hopper backward, ") + what + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+Status backward(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options, cudaStream_t stream) {
+  if (options.dtype != DType::kF16 && options.dtype != DType::kBF16) return Status::error("Hopper backward: fp16 and bf16 only");
+  if (problem.dim != problem.dim_v || (problem.dim != 32 && problem.dim != 64 && problem.dim != 128)) {
+    return Status::error("Hopper backward: head dimensions 32, 64 and 128 only, equal for keys and values");
+  }
+  if (problem.num_extra > 0 || buffers.forward.bias != nullptr) {
+    return Status::error("Hopper backward: no additional keys, no bias");
+  }
+  if (buffers.forward.workspace_bytes < backward_workspace_bytes(problem, options.deterministic)) {
+    return Status::error("Hopper backward: the workspace is smaller than backward_workspace_bytes");
+  }
+  const int64_t num_rows = problem.batch * problem.q_tokens() * problem.heads;
+  if (num_rows >= (int64_t(1) << 31) || problem.q_tokens() >= (int64_t(1) << 31)) {
+    return Status::error("Hopper backward: more than 2^31 queries and heads in one call");
+  }
+  auto* const stats = static_cast<float2*>(buffers.forward.workspace);
+  float* const grad_query_f32 =
+      options.deterministic ? nullptr
+                            : reinterpret_cast<float*>(static_cast<char*>(buffers.forward.workspace) + (num_rows * 8 + 255) / 256 * 256);
+
+  const bool half = options.dtype == DType::kF16;
+  const PrepareParams prepare{buffers.forward.out, buffers.grad_out, buffers.forward.lse, buffers.grad_lse, stats, grad_query_f32,
+                              num_rows, FastDivisor(problem.heads), FastDivisor(uint32_t(problem.q_tokens()))};
+  half ? launch_prepare<__half>(prepare, problem.dim, stream) : launch_prepare<__nv_bfloat16>(prepare, problem.dim, stream);
+  if (Status s = launch_status("preparation"); !s.ok()) return s;
+
+  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, stats, grad_query_f32, stream); !s.ok()) return s;
+  if (options.deterministic) return run_pass(problem, buffers, options, BackwardPass::kQueries, stats, nullptr, stream);
+
+  const int64_t num_chunks = num_rows * problem.dim / kChannelsPerThread;
+  const dim3 blocks(uint32_t((num_chunks + kAroundThreads - 1) / kAroundThreads));
+  if (half) {
+    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(grad_query_f32, static_cast<__half*>(buffers.grad_query),
+                                                                   problem.scale, num_chunks);
+  } else {
+    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query),
+                                                                   problem.scale, num_chunks);
+  }
+  return launch_status("conversion of dq");
+}
+
+}  // namespace jax_na::hopper
