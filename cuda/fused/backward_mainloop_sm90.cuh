@@ -299,17 +299,13 @@ struct RowMask {
 };
 
 // ---- global memory ----
-// fp32 accumulator pairs of an 8-column block and its right neighbour to 16-byte additions: even lanes take the left block.
+// fp32 accumulator pairs of an 8-column block and its right neighbour to 16-byte additions: even lanes take the left block, odd
+// lanes the right one; `row` points there.
 __device__ __forceinline__ void add_row(float* row, float left0, float left1, float right0, float right1, bool valid) {
   const bool odd = threadIdx.x & 1;
   const float got0 = __shfl_xor_sync(~0u, odd ? left0 : right0, 1);
   const float got1 = __shfl_xor_sync(~0u, odd ? left1 : right1, 1);
-  if (!valid) return;
-  if (odd) {
-    sm90::reduce_add_x4(row + 8, got0, got1, right0, right1);
-  } else {
-    sm90::reduce_add_x4(row, left0, left1, got0, got1);
-  }
+  sm90::reduce_add_x4(row, odd ? got0 : left0, odd ? got1 : left1, odd ? right0 : got0, odd ? right1 : got1, valid);
 }
 
 // Four 8-column blocks of one row, each a packed pair per lane of a quad, to 16 bytes per lane: lane q gets block q.
@@ -498,8 +494,8 @@ struct Consumer {
         valid &= coordinate(packed, a) < limit[a];
         query_token += coordinate(packed, a) * params.axis[a].inner_token_step;
       }
-      // Lane q of a quad: columns 2 q of the left block (even q), 2 (q - 1) of the right one (odd).
-      target[h].row = params.grad_query_f32 + (query_token * params.heads + head) * C::kDim + channel + 2 * (lane % 4 & ~1);
+      // Lane q of a quad: columns 2 q .. of the left block (even q), 2 (q - 1) .. of the right one (odd).
+      target[h].row = params.grad_query_f32 + (query_token * params.heads + head) * C::kDim + channel + (lane % 4 / 2 * 4) + lane % 2 * 8;
       target[h].valid = valid;
     }
   }
