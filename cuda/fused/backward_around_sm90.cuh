@@ -1,9 +1,11 @@
-// The two small kernels around the backward mainloop: lse and delta of every query (and zeros for dq), and dq to its own type.
+// The two small kernels around the backward mainloop. Before: lse and delta of every query, zeros for dq, and the window rule in tables
+// (the mainloop then has no window arithmetic). After: dq to its own type.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backward_params_sm90.h"
 #include "geometry.h"
 
 namespace jax_na::hopper {
@@ -38,10 +40,60 @@ struct PrepareParams {
   float* grad_query_f32;   // [batch, q tokens, heads, dim] to zero, or null
   int64_t num_rows;        // batch * q tokens * heads
   FastDivisor heads, q_tokens;
+  // The window tables: blocks from table_block on.
+  uint32_t table_block;
+  int32_t rank, sharded;
+  Axis axis[kMaxRank];
+  const Shard* halo;
+  int2* queries_of_keys;   // [axis][key token]
+  int2* keys_of_queries;   // [axis][query token], or null
 };
+
+// The inner ordinals [x, y) that outer token x of axis a needs. Tokens of a halo beyond the ends of the global axis need none, but keep
+// both ends non-decreasing along the axis.
+template <BackwardPass kPass>
+__device__ __forceinline__ int2 interval_of_token(const PrepareParams& params, int a, int32_t x) {
+  const Axis& axis = params.axis[a];
+  const int first_axis = kMaxRank - params.rank;
+  Shard shard{0, 0, axis.q_len};
+  if (params.sharded && a >= first_axis) shard = params.halo[a - first_axis];
+  constexpr bool kKeysPass = kPass == BackwardPass::kKeys;
+  const int32_t outer_offset = kKeysPass ? shard.kv_offset : shard.q_offset;
+  int32_t group = (outer_offset + x) % axis.dilation;
+  group += group < 0 ? axis.dilation : 0;
+  const int32_t i = (outer_offset + x - group) / axis.dilation;  // group coordinate
+  const int32_t length = group_length(shard.length, axis.dilation, group);
+  const SideAxis inner = side_axis(kKeysPass ? shard.q_offset : shard.kv_offset, kKeysPass ? axis.q_len : axis.kv_len, axis.dilation, group);
+  if (length == 0) return make_int2(0, 0);
+  Interval seen = inner_of_outer<kPass>(axis, length, min(max(i, 0), length - 1));
+  if (i < 0) seen.end = seen.begin;
+  if (i >= length) seen.begin = seen.end;
+  return make_int2(min(max(seen.begin - inner.base, 0), inner.count), min(max(seen.end - inner.base, 0), inner.count));
+}
+
+template <BackwardPass kPass>
+__device__ __forceinline__ void write_interval(const PrepareParams& params, int2* table, uint32_t row) {
+  if (table == nullptr) return;
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    const uint32_t length = kPass == BackwardPass::kKeys ? params.axis[a].kv_len : params.axis[a].q_len;
+    if (row < length) {
+      *(table + row) = interval_of_token<kPass>(params, a, row);
+      return;
+    }
+    row -= length;
+    table += length;
+  }
+}
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kAroundThreads) backward_prepare_kernel(const __grid_constant__ PrepareParams params) {
+  if (blockIdx.x >= params.table_block) {
+    const uint32_t row = (blockIdx.x - params.table_block) * kAroundThreads + threadIdx.x;
+    write_interval<BackwardPass::kKeys>(params, params.queries_of_keys, row);
+    write_interval<BackwardPass::kQueries>(params, params.keys_of_queries, row);
+    return;
+  }
   constexpr int kLanes = D / kChannelsPerThread;  // per row
   const int64_t at = int64_t(blockIdx.x) * kAroundThreads + threadIdx.x;
   const int64_t row = at / kLanes;

@@ -45,11 +45,18 @@ struct BackwardConfig {
 
 // One axis of the tile at hand. Ordinals count the tokens of the dilation group that lie in this shard.
 struct TileAxis {
-  int32_t outer_first, outer_origin, outer_count;
-  int32_t inner_first, inner_begin;  // inner_begin: ordinal of the first inner token any row needs
+  int32_t inner_first, inner_begin;  // first inner token of the group; ordinal of the first inner token any row needs
   int32_t range;                     // inner tokens from there on
   int32_t boxes;                     // ceil(range / inner_box)
-  int32_t full_begin, full_end;      // relative to inner_begin: what every row of the tile sees
+  int32_t full_begin, full_end;      // the ordinals every row of the tile sees
+};
+
+// What the producer says about a box along with its tiles.
+struct alignas(16) BoxRecord {
+  int32_t origin[kMaxRank];  // inner ordinals
+  int32_t full;              // every row sees the whole box
+  int64_t dq_offset;         // of the box's first query and its head in grad_query_f32, in elements
+  uint32_t last;             // packed coordinates of the last token that lies in the range
 };
 
 template <class C>
@@ -60,8 +67,11 @@ struct BackwardShared {
   alignas(1024) uint8_t inner1[C::kStages][C::kChannelBlocks * C::kInnerBlockBytes];
   alignas(1024) uint8_t ds[C::kDsBuffers > 0 ? C::kDsBuffers : 1][C::kDsBuffers > 0 ? C::kOuter * C::kInner * 2 : 16];
   alignas(16) float2 stats[C::kStages][C::kInner];
+  BoxRecord box[C::kStages];
   alignas(16) uint4 prefix[kMaxPrefixRows];
-  int2 interval[kMaxRank][C::kOuter];  // what each row sees, relative to inner_begin
+  int2 interval[kMaxRank][C::kOuter];  // the inner ordinals each row sees
+  int2 inner_row[C::kInner];           // of each column: packed coordinates, token relative to the first of its box
+  int32_t outer_row[C::kOuter];        // of each row: token within the batch entry, or -1
   TileAxis axis[kMaxRank];
   alignas(8) uint64_t full[C::kStages];
   uint64_t empty[C::kStages];
@@ -86,57 +96,50 @@ struct TileIndex {
   }
 };
 
-// Both sides of one axis in this CTA's dilation group; `length` is the group's, on the global axis: windows clamp there.
-template <BackwardPass kPass>
-struct AxisSides {
-  int32_t length;
-  SideAxis outer, inner;
-
-  __device__ __forceinline__ AxisSides(const BackwardParams& params, const TileIndex& index, int a) {
-    const Axis& axis = params.axis[a].axis;
-    const int first_axis = kMaxRank - params.rank;
-    Shard shard{0, 0, axis.q_len};
-    if (params.sharded && a >= first_axis) shard = params.halo[a - first_axis];
-    length = group_length(shard.length, axis.dilation, index.group[a]);
-    const SideAxis queries = side_axis(shard.q_offset, axis.q_len, axis.dilation, index.group[a]);
-    const SideAxis keys = side_axis(shard.kv_offset, axis.kv_len, axis.dilation, index.group[a]);
-    outer = kPass == BackwardPass::kKeys ? keys : queries;
-    inner = kPass == BackwardPass::kKeys ? queries : keys;
-  }
+// The tokens of this CTA's dilation group on one axis of one side.
+struct GroupTokens {
+  int32_t first, count;
 };
 
+template <bool kQuerySide>
+__device__ __forceinline__ GroupTokens group_tokens(const BackwardParams& params, const TileIndex& index, int a, int32_t length) {
+  const int32_t dilation = params.axis[a].dilation;
+  if (dilation == 1) return {0, length};
+  int32_t first = index.group[a];
+  const int first_axis = kMaxRank - params.rank;
+  if (params.sharded && a >= first_axis) {
+    const Shard& shard = params.halo[a - first_axis];
+    const SideAxis side = side_axis(kQuerySide ? shard.q_offset : shard.kv_offset, length, dilation, first);
+    return {side.first, side.count};
+  }
+  return {first, first < length ? int32_t(params.axis[a].groups.divide(length - 1 - first)) + 1 : 0};
+}
+
+template <BackwardPass kPass>
+__device__ __forceinline__ GroupTokens outer_tokens(const BackwardParams& params, const TileIndex& index, int a) {
+  return group_tokens<kPass == BackwardPass::kQueries>(params, index, a, params.axis[a].outer_length);
+}
+
+// The inner ordinals that the rows of the tile need, from the intervals of its first and last row: both ends never decrease.
 template <BackwardPass kPass>
 __device__ __forceinline__ TileAxis tile_axis(const BackwardParams& params, const TileIndex& index, int a) {
   const BackwardAxis& plan = params.axis[a];
-  const AxisSides<kPass> sides(params, index, a);
-  const SideAxis& outer = sides.outer;
-  const SideAxis& inner = sides.inner;
-  const int32_t length = sides.length;
-  TileAxis tile;
-  tile.outer_first = outer.first;
-  tile.outer_origin = index.tile[a] * plan.outer_box;
-  tile.outer_count = outer.count;
-  tile.inner_first = inner.first;
-  const int32_t end = min(tile.outer_origin + plan.outer_box, outer.count);
-  // Rows of a halo beyond the ends of the global axis see nothing and are seen by nothing.
-  const int32_t first_row = max(outer.base + tile.outer_origin, 0);
-  const int32_t last_row = min(outer.base + end, length) - 1;
-  Interval range{0, 0}, full{0, -1};
-  if (first_row <= last_row) {
-    const Interval low = inner_of_outer<kPass>(plan.axis, length, first_row);
-    const Interval high = inner_of_outer<kPass>(plan.axis, length, last_row);
-    range = {max(low.begin, inner.base), min(high.end, inner.base + inner.count)};
-    if (last_row - first_row + 1 == plan.outer_box) full = {high.begin - range.begin, low.end - range.begin};
-  }
-  tile.inner_begin = range.begin - inner.base;
-  tile.range = max(range.end - range.begin, 0);
-  tile.boxes = (tile.range + plan.inner_box - 1) / plan.inner_box;
-  tile.full_begin = full.begin;
-  tile.full_end = min(full.end, tile.range);
+  const GroupTokens outer = outer_tokens<kPass>(params, index, a);
+  const GroupTokens inner = group_tokens<kPass == BackwardPass::kKeys>(params, index, a, plan.inner_length);
+  const int32_t origin = index.tile[a] * plan.outer_box;
+  const int32_t end = min(origin + plan.outer_box, outer.count);
+  TileAxis tile{inner.first, 0, 0, 0, 0, -1};
+  if (origin >= end) return tile;
+  const int2* table = params.intervals + plan.table_row + outer.first;
+  const int2 low = table[origin * plan.dilation], high = table[(end - 1) * plan.dilation];
+  tile.inner_begin = low.x;
+  tile.range = high.y - low.x;
+  tile.boxes = plan.inner_box_divisor.divide(tile.range + plan.inner_box - 1);
+  if (end - origin == plan.outer_box) tile.full_begin = high.x, tile.full_end = low.y;
   return tile;
 }
 
-// Coordinates of row `row` inside a box, 10 bits per axis (axis 2 lowest).
+// Coordinates of row `row` inside a box, ten bits per axis (axis 2 lowest), the top one of each ten zero.
 __device__ __forceinline__ uint32_t packed_coordinates(uint32_t row, const FastDivisor& box1, const FastDivisor& box2) {
   const uint32_t c2 = box2.split(row);
   const uint32_t c1 = box1.split(row);
@@ -144,21 +147,49 @@ __device__ __forceinline__ uint32_t packed_coordinates(uint32_t row, const FastD
 }
 __device__ __forceinline__ int32_t coordinate(uint32_t packed, int a) { return packed >> (20 - 10 * a) & 1023; }
 
-// What row `row` of the tile sees on axis a, relative to inner_begin; empty for rows that are no token.
-template <class C>
-__device__ __forceinline__ int2 row_interval(const BackwardParams& params, const BackwardShared<C>& shared, const TileIndex& index,
-                                             int row, int a) {
-  const AxisSides<C::kPass> sides(params, index, a);
-  const uint32_t packed = packed_coordinates(row, params.outer_box1, params.outer_box2);
-  const int32_t ordinal = shared.axis[a].outer_origin + coordinate(packed, a);
-  const int32_t i = sides.outer.base + ordinal;
-  if (row >= params.outer_volume || ordinal >= sides.outer.count || i < 0 || i >= sides.length) return make_int2(0, 0);
-  const Interval seen = inner_of_outer<C::kPass>(params.axis[a].axis, sides.length, i);
-  const int32_t begin = sides.inner.base + shared.axis[a].inner_begin;
-  return make_int2(max(seen.begin - begin, 0), min(seen.end - begin, shared.axis[a].range));
+// Is every coordinate at most that of `last`? The top bit of each ten stops the borrow.
+__device__ __forceinline__ bool not_beyond(uint32_t packed, uint32_t last) {
+  constexpr uint32_t kGuards = 1u << 29 | 1u << 19 | 1u << 9;
+  return (((last | kGuards) - packed) & kGuards) == kGuards;
 }
 
-// Walks the boxes of a tile: query heads of the group outermost, then axis 0, 1, 2. Producer and consumers walk alike.
+// The tables of one CTA, by its consumer threads.
+template <class C>
+__device__ __forceinline__ void fill_tables(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index) {
+  const int thread = threadIdx.x;
+  for (int i = thread; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
+  if (thread < C::kOuter) {
+    const uint32_t packed = packed_coordinates(thread, params.outer_box1, params.outer_box2);
+    bool valid = thread < params.outer_volume;
+    int2 interval[kMaxRank];
+    int32_t token = 0;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      const BackwardAxis& plan = params.axis[a];
+      const GroupTokens outer = outer_tokens<C::kPass>(params, index, a);
+      const int32_t ordinal = index.tile[a] * plan.outer_box + coordinate(packed, a);
+      const int32_t x = outer.first + ordinal * plan.dilation;
+      const bool inside = ordinal < outer.count;
+      valid &= inside;
+      interval[a] = inside ? params.intervals[plan.table_row + x] : make_int2(0, 0);
+      token += x * plan.outer_token_stride;
+    }
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) shared.interval[a][thread] = valid ? interval[a] : make_int2(0, 0);
+    shared.outer_row[thread] = valid ? token : -1;
+  }
+  if (thread < C::kInner) {
+    const uint32_t packed = packed_coordinates(thread, params.inner_box1, params.inner_box2);
+    int32_t token = 0;
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      token += coordinate(packed, a) * params.axis[a].dilation * params.axis[a].inner_token_stride;
+    }
+    shared.inner_row[thread] = make_int2(packed, token);
+  }
+}
+
+// Walks the boxes of a tile: query heads of the group outermost, then axis 0, 1, 2.
 template <class C>
 struct BoxWalk {
   const BackwardShared<C>& shared;
@@ -177,6 +208,12 @@ struct BoxWalk {
 };
 
 template <class C>
+__device__ __forceinline__ int32_t num_boxes(const BackwardParams& params, const BackwardShared<C>& shared) {
+  const int32_t boxes = shared.axis[0].boxes * shared.axis[1].boxes * shared.axis[2].boxes;
+  return C::kPass == BackwardPass::kKeys ? boxes * params.group_heads : boxes;
+}
+
+template <class C>
 __device__ __forceinline__ void load_tile(const CUtensorMap* map, const MapCoords& at, uint8_t* target, uint64_t* barrier,
                                           int32_t block_bytes) {
 #pragma unroll
@@ -188,65 +225,76 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, const MapCoord
 
 // ---- producer: one warp ----
 template <class C>
+__device__ __forceinline__ void load_outer(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index) {
+  int32_t token[kMaxRank];
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    const BackwardAxis& plan = params.axis[a];
+    token[a] = outer_tokens<C::kPass>(params, index, a).first + index.tile[a] * plan.outer_box * plan.dilation;
+  }
+  const MapCoords at = map_coords(params.outer_layout, index.head * C::kDim, token, index.batch);
+  sm90::mbarrier_arrive_expect_tx(&shared.outer_full, 2 * params.outer_volume * C::kDim * sizeof(typename C::T));
+  load_tile<C>(&params.outer0, at, shared.outer0, &shared.outer_full, C::kOuterBlockBytes);
+  load_tile<C>(&params.outer1, at, shared.outer1, &shared.outer_full, C::kOuterBlockBytes);
+}
+
+template <class C>
 __device__ __forceinline__ void produce(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index,
-                                        int32_t num_boxes) {
+                                        int32_t boxes) {
   constexpr bool kKeysPass = C::kPass == BackwardPass::kKeys;
   constexpr int kRowsPerLane = C::kInner / 32;
   const int lane = threadIdx.x % 32;
-  if (num_boxes == 0) return;
-  int32_t at_token[kMaxRank];
-  if (lane == 0) {
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      at_token[a] = shared.axis[a].outer_first + shared.axis[a].outer_origin * params.axis[a].axis.dilation;
-    }
-    const MapCoords at = map_coords(params.outer_layout, index.head * C::kDim, at_token, index.batch);
-    sm90::mbarrier_arrive_expect_tx(&shared.outer_full, 2 * params.outer_volume * C::kDim * sizeof(typename C::T));
-    load_tile<C>(&params.outer0, at, shared.outer0, &shared.outer_full, C::kOuterBlockBytes);
-    load_tile<C>(&params.outer1, at, shared.outer1, &shared.outer_full, C::kOuterBlockBytes);
-  }
+  // Columns beyond the box have the coordinates of no token: they are beyond `last` on axis 0.
   uint32_t coordinates[kRowsPerLane];
   int32_t row_token[kRowsPerLane];
 #pragma unroll
   for (int i = 0; i < kRowsPerLane; ++i) {
-    const int row = lane + 32 * i;
-    coordinates[i] = row < params.inner_volume ? packed_coordinates(row, params.inner_box1, params.inner_box2) : ~0u;
+    coordinates[i] = packed_coordinates(lane + 32 * i, params.inner_box1, params.inner_box2);
     row_token[i] = 0;
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) row_token[i] += coordinate(coordinates[i], a) * params.axis[a].inner_token_step;
+    for (int a = 0; a < kMaxRank; ++a) {
+      row_token[i] += coordinate(coordinates[i], a) * params.axis[a].dilation * params.axis[a].inner_token_stride;
+    }
   }
 
   BoxWalk<C> walk(shared);
   sm90::RingPosition<C::kStages> ring;
-  for (int32_t it = 0; it < num_boxes; ++it) {
-    sm90::mbarrier_wait(&shared.empty[ring.slot], ring.parity ^ 1);
+#pragma unroll 1
+  for (int32_t it = 0; it < boxes; ++it) {
     const int32_t head = kKeysPass ? index.head * params.group_heads + walk.head : index.head / params.group_heads;
-    int32_t limit[kMaxRank];
-    int64_t token = int64_t(index.batch) * params.heads + head;
-    token *= params.q_tokens;
+    int32_t ordinal[kMaxRank], at_token[kMaxRank], token = 0;
+    uint32_t last = 0;
+    bool full = params.outer_volume == C::kOuter;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       const BackwardAxis& plan = params.axis[a];
+      const TileAxis& tile = shared.axis[a];
       const int32_t origin = walk.box[a] * plan.inner_box;
-      at_token[a] = shared.axis[a].inner_first + (shared.axis[a].inner_begin + origin) * plan.axis.dilation;
-      limit[a] = shared.axis[a].range - origin;
-      token += int64_t(at_token[a]) * plan.inner_token_stride;
+      ordinal[a] = tile.inner_begin + origin;
+      at_token[a] = tile.inner_first + ordinal[a] * plan.dilation;
+      token += at_token[a] * plan.inner_token_stride;
+      last |= (min(tile.range - origin, plan.inner_box) - 1) << (20 - 10 * a);
+      full &= ordinal[a] >= tile.full_begin && ordinal[a] + plan.inner_box <= tile.full_end;
     }
+    sm90::mbarrier_wait(&shared.empty[ring.slot], ring.parity ^ 1);
     if (lane == 0) {
+      BoxRecord& record = shared.box[ring.slot];
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) record.origin[a] = ordinal[a];
+      record.full = full;
+      record.last = last;
+      record.dq_offset = ((index.batch * params.q_tokens + token) * params.heads + head) * C::kDim;
       const MapCoords at = map_coords(params.inner_layout, head * C::kDim, at_token, index.batch);
       sm90::mbarrier_arrive_expect_tx(&shared.full[ring.slot], 2 * params.inner_volume * C::kDim * sizeof(typename C::T));
       load_tile<C>(&params.inner0, at, shared.inner0[ring.slot], &shared.full[ring.slot], C::kInnerBlockBytes);
       load_tile<C>(&params.inner1, at, shared.inner1[ring.slot], &shared.full[ring.slot], C::kInnerBlockBytes);
     }
     if constexpr (kKeysPass) {
+      const float2* stats = params.stats + (int64_t(index.batch) * params.heads + head) * params.q_tokens + token;
 #pragma unroll
       for (int i = 0; i < kRowsPerLane; ++i) {
-        bool valid = true;
-#pragma unroll
-        for (int a = 0; a < kMaxRank; ++a) valid &= coordinate(coordinates[i], a) < limit[a];
-        valid &= coordinates[i] != ~0u;
-        sm90::copy_async_8_or_zero(&shared.stats[ring.slot][lane + 32 * i], params.stats + (valid ? token + row_token[i] : 0),
-                                   valid);
+        const bool valid = not_beyond(coordinates[i], last);
+        sm90::copy_async_8_or_zero(&shared.stats[ring.slot][lane + 32 * i], stats + (valid ? row_token[i] : 0), valid);
       }
       sm90::copy_async_arrive(&shared.full[ring.slot]);
     }
@@ -264,20 +312,8 @@ struct RowMask {
 
   __device__ __forceinline__ RowMask() : word{~0u, ~0u} {}
 
-  // Every row sees the whole box?
-  static __device__ __forceinline__ bool is_full(const BackwardParams& params, const BackwardShared<C>& shared,
-                                                 const int32_t (&box)[kMaxRank]) {
-    bool full = params.outer_volume == C::kOuter;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const int32_t origin = box[a] * params.axis[a].inner_box;
-      full &= origin >= shared.axis[a].full_begin && origin + params.axis[a].inner_box <= shared.axis[a].full_end;
-    }
-    return full;
-  }
-
   // row: the first of the thread's two rows, eight apart.
-  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared, const int32_t (&box)[kMaxRank],
+  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared, const BoxRecord& record,
                                      int row) {
     const uint32_t* prefix = reinterpret_cast<const uint32_t*>(shared.prefix) + threadIdx.x % 4;
     word[0] = word[1] = ~0u;
@@ -285,7 +321,7 @@ struct RowMask {
     for (int a = 0; a < kMaxRank; ++a) {
       if (a < kMaxRank - params.rank) continue;
       const int32_t size = params.axis[a].inner_box;
-      const int32_t origin = box[a] * size;
+      const int32_t origin = record.origin[a];
       const uint32_t* table = prefix + 4 * params.axis[a].prefix_row;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -317,7 +353,7 @@ __device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32
   const uint32_t e0 = high ? a : w0, e1 = high ? b : w1, f0 = high ? w2 : a, f1 = high ? w3 : b;
   const uint32_t c = __shfl_xor_sync(~0u, odd ? e0 : e1, 1);
   const uint32_t d = __shfl_xor_sync(~0u, odd ? f0 : f1, 1);
-  return odd ? make_uint4(c, e1, d, f1) : make_uint4(e0, c, f0, d);
+  return make_uint4(odd ? c : e0, odd ? e1 : c, odd ? d : f0, odd ? f1 : d);
 }
 
 template <class C>
@@ -326,18 +362,10 @@ __device__ __forceinline__ void store_rows(void* target, const BackwardParams& p
   using T = typename C::T;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const bool in_tile = row + 8 * h < params.outer_volume;
-    const uint32_t packed = packed_coordinates(in_tile ? row + 8 * h : 0, params.outer_box1, params.outer_box2);
-    bool valid = in_tile;
-    int64_t token = index.batch * params.outer_tokens;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const int32_t ordinal = shared.axis[a].outer_origin + coordinate(packed, a);
-      valid &= ordinal < shared.axis[a].outer_count;
-      token += int64_t(shared.axis[a].outer_first) * params.axis[a].outer_token_stride +
-               int64_t(ordinal) * params.axis[a].outer_token_step;
-    }
-    T* out = static_cast<T*>(target) + (token * params.outer_heads.divisor + index.head) * C::kDim + 8 * (threadIdx.x % 4);
+    const int32_t token = shared.outer_row[row + 8 * h];
+    T* out = static_cast<T*>(target) +
+             ((index.batch * params.outer_tokens + token) * params.outer_heads.divisor + index.head) * C::kDim +
+             8 * (threadIdx.x % 4);
 #pragma unroll
     for (int j = 0; j < C::kDim / 8; j += 4) {
       uint32_t w[4];
@@ -346,7 +374,7 @@ __device__ __forceinline__ void store_rows(void* target, const BackwardParams& p
         w[i] = sm90::pack_pair<T>(acc[4 * (j + i) + 2 * h] * factor, acc[4 * (j + i) + 2 * h + 1] * factor);
       }
       const uint4 words = transpose_quad(w[0], w[1], w[2], w[3]);
-      if (valid) *reinterpret_cast<uint4*>(out + 8 * j) = words;
+      if (token >= 0) *reinterpret_cast<uint4*>(out + 8 * j) = words;
     }
   }
 }
@@ -469,34 +497,17 @@ struct Consumer {
     bool valid;
   };
 
-  __device__ __forceinline__ void dq_targets(DqTarget (&target)[2], const BoxWalk<C>& walk) const {
+  __device__ __forceinline__ void dq_targets(DqTarget (&target)[2], const BoxRecord& record) const {
     const int lane = threadIdx.x % 32;
     const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
     const int query = (C::kSplitChannels ? 0 : 64 * warpgroup) + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const int head = index.head * params.group_heads + walk.head;
-    int32_t limit[kMaxRank];
-    int64_t token = index.batch * params.q_tokens;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const BackwardAxis& plan = params.axis[a];
-      const int32_t origin = walk.box[a] * plan.inner_box;
-      limit[a] = min(shared.axis[a].range - origin, plan.inner_box);
-      token += int64_t(shared.axis[a].inner_first) * plan.inner_token_stride +
-               int64_t(shared.axis[a].inner_begin + origin) * plan.inner_token_step;
-    }
+    // Lane q of a quad: columns 2 q .. of the left block (even q), 2 (q - 1) .. of the right one (odd).
+    float* const box = params.grad_query_f32 + record.dq_offset + channel + (lane % 4 / 2 * 4) + lane % 2 * 8;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t packed = packed_coordinates(query + 8 * h, params.inner_box1, params.inner_box2);
-      bool valid = params.accumulate_dq;
-      int64_t query_token = token;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        valid &= coordinate(packed, a) < limit[a];
-        query_token += coordinate(packed, a) * params.axis[a].inner_token_step;
-      }
-      // Lane q of a quad: columns 2 q .. of the left block (even q), 2 (q - 1) .. of the right one (odd).
-      target[h].row = params.grad_query_f32 + (query_token * params.heads + head) * C::kDim + channel + (lane % 4 / 2 * 4) + lane % 2 * 8;
-      target[h].valid = valid;
+      const int2 at = shared.inner_row[query + 8 * h];
+      target[h].row = box + int64_t(at.y) * (params.heads * C::kDim);
+      target[h].valid = params.accumulate_dq && not_beyond(at.x, record.last);
     }
   }
 
@@ -514,57 +525,43 @@ struct Consumer {
   __device__ __forceinline__ void row_stats(float (&lse)[2], float (&delta)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool in_tile = row + 8 * h < params.outer_volume;
-      const uint32_t packed = packed_coordinates(in_tile ? row + 8 * h : 0, params.outer_box1, params.outer_box2);
-      bool valid = in_tile;
-      int64_t token = (int64_t(index.batch) * params.heads + index.head) * params.q_tokens;
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) {
-        const int32_t ordinal = shared.axis[a].outer_origin + coordinate(packed, a);
-        valid &= ordinal < shared.axis[a].outer_count;
-        token += int64_t(shared.axis[a].outer_first) * params.axis[a].outer_token_stride +
-                 int64_t(ordinal) * params.axis[a].outer_token_step;
-      }
-      const float2 stats = valid ? params.stats[token] : make_float2(0.0f, 0.0f);
+      const int32_t token = shared.outer_row[row + 8 * h];
+      const int64_t at = (int64_t(index.batch) * params.heads + index.head) * params.q_tokens + token;
+      const float2 stats = token >= 0 ? params.stats[at] : make_float2(0.0f, 0.0f);
       lse[h] = stats.x;
       delta[h] = stats.y;
     }
   }
 
-  __device__ __forceinline__ void run(int32_t num_boxes) {
-    float acc0[C::kDim / 2];                     // dk, or dq
-    float acc1[kKeysPass ? C::kDim / 2 : 1];     // dv
+  __device__ __forceinline__ void run(int32_t boxes) {
+    float acc0[C::kDim / 2];                  // dk, or dq
+    float acc1[kKeysPass ? C::kDim / 2 : 1];  // dv
 #pragma unroll
-    for (int i = 0; i < C::kDim / 2; ++i) acc0[i] = 0.0f;
-    if constexpr (kKeysPass) {
+    for (float& x : acc0) x = 0.0f;
 #pragma unroll
-      for (int i = 0; i < C::kDim / 2; ++i) acc1[i] = 0.0f;
-    }
-    if (num_boxes > 0) {
+    for (float& x : acc1) x = 0.0f;
+    if (boxes > 0) {
       float row_lse[2] = {0.0f, 0.0f}, row_delta[2] = {0.0f, 0.0f};
       if constexpr (!kKeysPass) row_stats(row_lse, row_delta);
-      BoxWalk<C> walk(shared);
       sm90::RingPosition<C::kStages> ring;
-      float dq[kKeysPass ? C::kDqChannels / 2 : 1];
-#pragma unroll
-      for (float& x : dq) x = 0.0f;
-      DqTarget dq_target[2] = {{nullptr, false}, {nullptr, false}};
+      float s[kScores], dp[kScores];
       sm90::mbarrier_wait(&shared.outer_full, 0);
+      sm90::mbarrier_wait(&shared.full[0], 0);
+      sm90::wgmma_fence();
+      issue_scores(s, shared.outer0, shared.inner0[0]);
+      issue_scores(dp, shared.outer1, shared.inner1[0]);
+      // The only way out is the break behind the last wait: no path may leave with products in flight.
 #pragma unroll 1
-      for (int32_t it = 0; it < num_boxes; ++it) {
-        float s[kScores], dp[kScores];
-        sm90::mbarrier_wait(&shared.full[ring.slot], ring.parity);
-        sm90::wgmma_fence();
-        issue_scores(s, shared.outer0, shared.inner0[ring.slot]);
-        issue_scores(dp, shared.outer1, shared.inner1[ring.slot]);
+      for (int32_t it = 0;; ++it) {
         const float2* stats = shared.stats[ring.slot] + 2 * (threadIdx.x % 4);
+        const BoxRecord& record = shared.box[ring.slot];
         uint32_t p_fragments[kKeysPass ? C::kInner / 16 : 1][4], ds_fragments[C::kInner / 16][4];
-        if (RowMask<C>::is_full(params, shared, walk.box)) {
+        if (record.full) {
           sm90::wgmma_wait<1>();
           sm90::pin_registers(s);
           probabilities<false>(s, stats, row_lse, RowMask<C>());
         } else {
-          const RowMask<C> mask(params, shared, walk.box, row);
+          const RowMask<C> mask(params, shared, record, row);
           sm90::wgmma_wait<1>();
           sm90::pin_registers(s);
           probabilities<true>(s, stats, row_lse, mask);
@@ -589,6 +586,8 @@ struct Consumer {
         if constexpr (kKeysPass) issue_grads(acc1, p_fragments, shared.inner1[ring.slot]);
         issue_grads(acc0, ds_fragments, shared.inner0[ring.slot]);
         sm90::wgmma_commit();
+        float dq[kKeysPass ? C::kDqChannels / 2 : 1];
+        DqTarget dq_target[2];
         if constexpr (kKeysPass) {
           // A second buffer makes one barrier per box enough: whoever passes it has read the buffer of the box before.
           uint8_t* ds = shared.ds[C::kDsBuffers > 1 ? it & 1 : 0];
@@ -597,7 +596,7 @@ struct Consumer {
           sm90::named_barrier_sync(1, C::kConsumerThreads);
           sm90::wgmma_fence();
           issue_dq(dq, ds);
-          dq_targets(dq_target, walk);
+          dq_targets(dq_target, record);
           sm90::wgmma_wait<1>();
         } else {
           sm90::wgmma_wait<0>();
@@ -605,13 +604,28 @@ struct Consumer {
         sm90::pin_registers(acc0);
         if constexpr (kKeysPass) sm90::pin_registers(acc1);
         if (threadIdx.x % 32 == 0) sm90::mbarrier_arrive(&shared.empty[ring.slot]);
+        ring.advance();
+        if (it + 1 == boxes) {
+          if constexpr (kKeysPass) {
+            sm90::wgmma_wait<0>();
+            sm90::pin_registers(dq);
+            add_dq(dq, dq_target);
+          }
+          break;
+        }
+        // PERF: the next box's products run while dq leaves.
+        sm90::mbarrier_wait(&shared.full[ring.slot], ring.parity);
         if constexpr (kKeysPass) {
           sm90::wgmma_wait<0>();
           sm90::pin_registers(dq);
-          add_dq(dq, dq_target);
         }
-        ring.advance();
-        walk.next();
+        sm90::wgmma_fence();
+        issue_scores(s, shared.outer0, shared.inner0[ring.slot]);
+        if constexpr (kKeysPass) {
+          add_dq(dq, dq_target);
+          sm90::wgmma_fence();
+        }
+        issue_scores(dp, shared.outer1, shared.inner1[ring.slot]);
       }
     }
     store_rows<C>(params.grad_outer0, params, shared, index, row, acc0, params.scale);
@@ -637,36 +651,31 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(cons
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(
       shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
   const TileIndex index(params, blockIdx.x);
-  if (threadIdx.x < kMaxRank) shared.axis[threadIdx.x] = tile_axis<C::kPass>(params, index, threadIdx.x);
-  if (threadIdx.x == 32) {
-    for (int i = 0; i < C::kStages; ++i) {
-      sm90::mbarrier_init(&shared.full[i], C::kPass == BackwardPass::kKeys ? 33 : 1);
-      sm90::mbarrier_init(&shared.empty[i], C::kConsumerThreads / 32);
-    }
-    sm90::mbarrier_init(&shared.outer_full, 1);
-    sm90::fence_barrier_init();
-  }
-  __syncthreads();
-  int32_t num_boxes = C::kPass == BackwardPass::kKeys ? params.group_heads : 1;
-  bool empty = false;  // this dilation group is shorter than the longest one
-#pragma unroll
-  for (int a = 0; a < kMaxRank; ++a) {
-    num_boxes *= shared.axis[a].boxes;
-    empty |= shared.axis[a].outer_origin >= shared.axis[a].outer_count;
-  }
-  if (empty) return;
-
+  constexpr int kTableBarrier = 2;
+  constexpr int kTableThreads = C::kConsumerThreads + 32;  // the consumers and the producer warp
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == C::kConsumers) {
     if constexpr (C::kReallocateRegisters) sm90::decrease_registers<24>();
-    if (threadIdx.x / 32 == C::kConsumerThreads / 32) produce<C>(params, shared, index, num_boxes);
+    if (threadIdx.x / 32 != C::kConsumerThreads / 32) return;
+    const int lane = threadIdx.x % 32;
+    if (lane < kMaxRank) shared.axis[lane] = tile_axis<C::kPass>(params, index, lane);
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < C::kStages; ++i) {
+        sm90::mbarrier_init(&shared.full[i], C::kPass == BackwardPass::kKeys ? 33 : 1);
+        sm90::mbarrier_init(&shared.empty[i], C::kConsumerThreads / 32);
+      }
+      sm90::mbarrier_init(&shared.outer_full, 1);
+      sm90::fence_barrier_init();
+    }
+    __syncwarp();
+    const int32_t boxes = num_boxes(params, shared);
+    if (lane == 0 && boxes > 0) load_outer(params, shared, index);
+    sm90::named_barrier_arrive(kTableBarrier, kTableThreads);
+    produce(params, shared, index, boxes);
   } else {
     if constexpr (C::kReallocateRegisters) sm90::increase_registers<240>();
-    for (int i = threadIdx.x; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
-    if (threadIdx.x < C::kOuter) {
-#pragma unroll
-      for (int a = 0; a < kMaxRank; ++a) shared.interval[a][threadIdx.x] = row_interval<C>(params, shared, index, threadIdx.x, a);
-    }
+    fill_tables(params, shared, index);
     if (params.outer_volume < C::kOuter) {
       zero_uncovered_rows<C>(shared.outer0, params.outer_volume, C::kOuter);
       zero_uncovered_rows<C>(shared.outer1, params.outer_volume, C::kOuter);
@@ -679,9 +688,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(cons
       }
     }
     sm90::fence_proxy_async();
-    sm90::named_barrier_sync(2, C::kConsumerThreads);
-    Consumer<C>{params, shared, index, warpgroup, warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16 + int(threadIdx.x) % 32 / 4}.run(
-        num_boxes);
+    sm90::named_barrier_sync(kTableBarrier, kTableThreads);
+    const int row = warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16 + int(threadIdx.x) % 32 / 4;
+    Consumer<C>{params, shared, index, warpgroup, row}.run(num_boxes(params, shared));
   }
 }
 

@@ -49,16 +49,16 @@ JAX_NA_HOST_DEVICE Interval inner_of_outer(const Axis& axis, int32_t length, int
 }
 
 struct BackwardAxis {
-  Axis axis;
-  int32_t outer_box;
-  int32_t inner_box;
-  int32_t prefix_row;         // first row of this axis in BackwardParams::prefix
-  int32_t outer_token_step;   // tokens of memory between neighbours of a group: dilation * tokens of the inner axes
-  int32_t inner_token_step;
-  int32_t outer_token_stride;  // the same between neighbouring tokens
+  int32_t dilation;
+  int32_t outer_length, inner_length;  // tokens
+  int32_t outer_box, inner_box;
+  int32_t prefix_row;                  // first row of this axis in BackwardParams::prefix
+  int32_t table_row;                   // first row of this axis in BackwardParams::intervals
+  int32_t outer_token_stride;          // tokens of memory between neighbours of the axis
   int32_t inner_token_stride;
-  FastDivisor tiles;           // outer tiles of the longest group
-  FastDivisor groups;          // dilation
+  FastDivisor inner_box_divisor;
+  FastDivisor tiles;   // outer tiles of the longest group
+  FastDivisor groups;  // dilation
 };
 
 struct BackwardParams {
@@ -82,6 +82,7 @@ struct BackwardParams {
   float scale;
   float scale_log2;             // scale * log2(e)
   const Shard* halo;            // [rank], read only if sharded
+  const int2* intervals;        // [axis][outer token]: the inner ordinals it needs (backward_around_sm90.cuh)
   const float2* stats;          // [batch, heads, q tokens]: lse * log2(e), delta
   float* grad_query_f32;        // [batch, q tokens, heads, dim], not yet scaled
   void* grad_outer0;            // dk, or dq in pass kQueries

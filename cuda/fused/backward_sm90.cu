@@ -102,7 +102,7 @@ Status encode_side(const Problem& problem, DType dtype, const Side& side, const 
 }
 
 Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options, BackwardPass pass,
-                const float2* stats, float* grad_query_f32, cudaStream_t stream) {
+                const float2* stats, const int2* intervals, float* grad_query_f32, cudaStream_t stream) {
   const bool keys_pass = pass == BackwardPass::kKeys;
   const BackwardPlan plan = backward_plan(problem, pass);
   if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
@@ -124,19 +124,23 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
   int32_t outer_stride = 1, inner_stride = 1;
   for (int a = kMaxRank - 1; a >= 0; --a) {
     BackwardAxis& axis = params.axis[a];
-    axis.axis = problem.axis[a];
+    const int32_t dilation = problem.axis[a].dilation;
+    axis.dilation = dilation;
+    axis.outer_length = outer_side.lengths[a];
+    axis.inner_length = inner_side.lengths[a];
     axis.outer_box = outer[a];
     axis.inner_box = inner[a];
+    axis.table_row = 0;
+    for (int before = 0; before < a; ++before) axis.table_row += outer_side.lengths[before];
     axis.outer_token_stride = outer_stride;
     axis.inner_token_stride = inner_stride;
-    axis.outer_token_step = outer_stride * axis.axis.dilation;
-    axis.inner_token_step = inner_stride * axis.axis.dilation;
     outer_stride *= outer_side.lengths[a];
     inner_stride *= inner_side.lengths[a];
-    const int32_t longest = (outer_side.lengths[a] + axis.axis.dilation - 1) / axis.axis.dilation;
+    axis.inner_box_divisor = FastDivisor(inner[a]);
+    const int32_t longest = (outer_side.lengths[a] + dilation - 1) / dilation;
     axis.tiles = FastDivisor((longest + outer[a] - 1) / outer[a]);
-    axis.groups = FastDivisor(axis.axis.dilation);
-    num_tiles *= int64_t(axis.tiles.divisor) * axis.axis.dilation;
+    axis.groups = FastDivisor(dilation);
+    num_tiles *= int64_t(axis.tiles.divisor) * dilation;
   }
   if (num_tiles >= (int64_t(1) << 31)) return Status::error("Hopper backward: too many tiles for one launch");
   params.outer_heads = FastDivisor(outer_side.heads);
@@ -156,6 +160,7 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
   params.scale = problem.scale;
   params.scale_log2 = float(problem.scale * kLog2e);
   params.halo = buffers.forward.halo;
+  params.intervals = intervals;
   params.stats = stats;
   params.grad_query_f32 = grad_query_f32;
   params.grad_outer0 = keys_pass ? buffers.grad_key : buffers.grad_query;
@@ -169,9 +174,12 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
 }
 
 template <typename T>
-void launch_prepare(const PrepareParams& params, int32_t dim, cudaStream_t stream) {
+void launch_prepare(PrepareParams& params, int32_t dim, cudaStream_t stream) {
+  int64_t q_rows = 0, kv_rows = 0;
+  for (const Axis& axis : params.axis) q_rows += axis.q_len, kv_rows += axis.kv_len;
   const auto blocks = [&](int64_t lanes) {
-    return dim3(uint32_t((params.num_rows * lanes + kAroundThreads - 1) / kAroundThreads));
+    params.table_block = uint32_t((params.num_rows * lanes + kAroundThreads - 1) / kAroundThreads);
+    return dim3(params.table_block + uint32_t((std::max(q_rows, kv_rows) + kAroundThreads - 1) / kAroundThreads));
   };
   if (dim == 128) {
     backward_prepare_kernel<T, 128><<<blocks(16), kAroundThreads, 0, stream>>>(params);
@@ -198,26 +206,46 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (problem.num_extra > 0 || buffers.forward.bias != nullptr) {
     return Status::error("Hopper backward: no additional keys, no bias");
   }
-  if (buffers.forward.workspace_bytes < backward_workspace_bytes(problem, options.deterministic)) {
-    return Status::error("Hopper backward: the workspace is smaller than backward_workspace_bytes");
+  const BackwardWorkspace workspace = backward_workspace(problem, options.deterministic);
+  if (buffers.forward.workspace_bytes < workspace.total()) {
+    return Status::error("Hopper backward: the workspace is smaller than backward_workspace(problem).total()");
   }
   const int64_t num_rows = problem.batch * problem.q_tokens() * problem.heads;
   if (num_rows >= (int64_t(1) << 31) || problem.q_tokens() >= (int64_t(1) << 31)) {
     return Status::error("Hopper backward: more than 2^31 queries and heads in one call");
   }
-  auto* const stats = static_cast<float2*>(buffers.forward.workspace);
+  char* const memory = static_cast<char*>(buffers.forward.workspace);
+  auto* const stats = reinterpret_cast<float2*>(memory);
+  auto* const queries_of_keys = reinterpret_cast<int2*>(memory + workspace.stats_bytes);
+  int2* keys_of_queries = queries_of_keys;
+  for (const Axis& axis : problem.axis) keys_of_queries += axis.kv_len;
   float* const grad_query_f32 =
-      options.deterministic ? nullptr
-                            : reinterpret_cast<float*>(static_cast<char*>(buffers.forward.workspace) + (num_rows * 8 + 255) / 256 * 256);
+      options.deterministic ? nullptr : reinterpret_cast<float*>(memory + workspace.stats_bytes + workspace.intervals_bytes);
 
   const bool half = options.dtype == DType::kF16;
-  const PrepareParams prepare{buffers.forward.out, buffers.grad_out, buffers.forward.lse, buffers.grad_lse, stats, grad_query_f32,
-                              num_rows, FastDivisor(problem.heads), FastDivisor(uint32_t(problem.q_tokens()))};
+  PrepareParams prepare{};
+  prepare.out = buffers.forward.out;
+  prepare.grad_out = buffers.grad_out;
+  prepare.lse = buffers.forward.lse;
+  prepare.grad_lse = buffers.grad_lse;
+  prepare.stats = stats;
+  prepare.grad_query_f32 = grad_query_f32;
+  prepare.num_rows = num_rows;
+  prepare.heads = FastDivisor(problem.heads);
+  prepare.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
+  prepare.rank = problem.rank;
+  prepare.sharded = problem.sharded;
+  for (int a = 0; a < kMaxRank; ++a) prepare.axis[a] = problem.axis[a];
+  prepare.halo = buffers.forward.halo;
+  prepare.queries_of_keys = queries_of_keys;
+  prepare.keys_of_queries = options.deterministic ? keys_of_queries : nullptr;
   half ? launch_prepare<__half>(prepare, problem.dim, stream) : launch_prepare<__nv_bfloat16>(prepare, problem.dim, stream);
   if (Status s = launch_status("preparation"); !s.ok()) return s;
 
-  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, stats, grad_query_f32, stream); !s.ok()) return s;
-  if (options.deterministic) return run_pass(problem, buffers, options, BackwardPass::kQueries, stats, nullptr, stream);
+  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, stats, queries_of_keys, grad_query_f32, stream); !s.ok()) return s;
+  if (options.deterministic) {
+    return run_pass(problem, buffers, options, BackwardPass::kQueries, stats, keys_of_queries, nullptr, stream);
+  }
 
   const int64_t num_chunks = num_rows * problem.dim / kChannelsPerThread;
   const dim3 blocks(uint32_t((num_chunks + kAroundThreads - 1) / kAroundThreads));

@@ -11,12 +11,21 @@
 
 namespace jax_na::hopper {
 
-// Bytes of ForwardBuffers::workspace in a backward call: lse and delta of every query and head, then (unless deterministic) dq in
-// float32. jax_na/_cuda.py declares the extra output with the same formula.
-inline int64_t backward_workspace_bytes(const Problem& problem, bool deterministic) {
+// ForwardBuffers::workspace in a backward call, in this order, each part rounded up to 256 bytes. jax_na/_cuda.py declares the extra
+// output with the same formula.
+struct BackwardWorkspace {
+  int64_t stats_bytes;      // float2 per query and head
+  int64_t intervals_bytes;  // int2 per token of each axis, queries and keys
+  int64_t dq_bytes;         // float32 like query, unless deterministic
+  int64_t total() const { return stats_bytes + intervals_bytes + dq_bytes; }
+};
+
+inline BackwardWorkspace backward_workspace(const Problem& problem, bool deterministic) {
+  const auto round_up = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int64_t rows = problem.batch * problem.q_tokens() * problem.heads;
-  const int64_t stats_bytes = (rows * 8 + 255) / 256 * 256;
-  return stats_bytes + (deterministic ? 0 : rows * problem.dim * 4);
+  int64_t axis_tokens = 0;
+  for (const Axis& axis : problem.axis) axis_tokens += axis.q_len + axis.kv_len;
+  return {round_up(rows * 8), round_up(axis_tokens * 8), deterministic ? 0 : round_up(rows * problem.dim * 4)};
 }
 
 // Rows of the outer tile and of an inner box, and what one box and one tile cost (nanoseconds on one SM of an H200, all CTAs of the
