@@ -1,5 +1,5 @@
-// The two small kernels around the backward mainloop. Before: lse and delta of every query, zeros for dq, and the window rule in tables
-// (the mainloop then has no window arithmetic). After: dq to its own type.
+// The two small kernels around the backward mainloop. Before: lse and delta of every query, zeros for dq, and the window
+// rule in tables (the mainloop then has no window arithmetic). After: dq to its own type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -32,25 +32,25 @@ __device__ __forceinline__ void unpack(float (&out)[8], const uint4& in, const _
 }
 
 struct PrepareParams {
-  const void* out;         // [batch, q tokens, heads, dim]
-  const void* grad_out;    // like out
-  const float* lse;        // [batch, q tokens, heads]
-  const float* grad_lse;   // like lse, or null
-  float2* stats;           // [batch, heads, q tokens]: lse * log2(e), delta = sum(out * grad_out) - grad_lse
-  float* grad_query_f32;   // [batch, q tokens, heads, dim] to zero, or null
-  int64_t num_rows;        // batch * q tokens * heads
+  const void* out;        // [batch, q tokens, heads, dim]
+  const void* grad_out;   // like out
+  const float* lse;       // [batch, q tokens, heads]
+  const float* grad_lse;  // like lse, or null
+  float2* stats;          // [batch, heads, q tokens]: lse * log2(e), delta = sum(out * grad_out) - grad_lse
+  float* grad_query_f32;  // [batch, q tokens, heads, dim] to zero, or null
+  int64_t num_rows;       // batch * q tokens * heads
   FastDivisor heads, q_tokens;
   // The window tables: blocks from table_block on.
   uint32_t table_block;
   int32_t rank, sharded;
   Axis axis[kMaxRank];
   const Shard* halo;
-  int2* queries_of_keys;   // [axis][key token]
-  int2* keys_of_queries;   // [axis][query token], or null
+  int2* queries_of_keys;  // [axis][key token]
+  int2* keys_of_queries;  // [axis][query token], or null
 };
 
-// The inner ordinals [x, y) that outer token x of axis a needs. Tokens of a halo beyond the ends of the global axis need none, but keep
-// both ends non-decreasing along the axis.
+// The inner ordinals [x, y) that outer token x of axis a needs. Tokens of a halo beyond the ends of the global axis need
+// none, but keep both ends non-decreasing along the axis.
 template <BackwardPass kPass>
 __device__ __forceinline__ int2 interval_of_token(const PrepareParams& params, int a, int32_t x) {
   const Axis& axis = params.axis[a];
@@ -63,7 +63,8 @@ __device__ __forceinline__ int2 interval_of_token(const PrepareParams& params, i
   group += group < 0 ? axis.dilation : 0;
   const int32_t i = (outer_offset + x - group) / axis.dilation;  // group coordinate
   const int32_t length = group_length(shard.length, axis.dilation, group);
-  const SideAxis inner = side_axis(kKeysPass ? shard.q_offset : shard.kv_offset, kKeysPass ? axis.q_len : axis.kv_len, axis.dilation, group);
+  const SideAxis inner =
+      side_axis(kKeysPass ? shard.q_offset : shard.kv_offset, kKeysPass ? axis.q_len : axis.kv_len, axis.dilation, group);
   if (length == 0) return make_int2(0, 0);
   Interval seen = inner_of_outer<kPass>(axis, length, min(max(i, 0), length - 1));
   if (i < 0) seen.end = seen.begin;
@@ -132,8 +133,8 @@ __device__ __forceinline__ T from_float(float x) {
 
 // dq = scale * float32 sum, in T.
 template <typename T>
-__global__ void __launch_bounds__(kAroundThreads) backward_convert_kernel(const float* __restrict__ sums, T* __restrict__ grad_query,
-                                                                          float scale, int64_t num_chunks) {
+__global__ void __launch_bounds__(kAroundThreads)
+    backward_convert_kernel(const float* __restrict__ sums, T* __restrict__ grad_query, float scale, int64_t num_chunks) {
   const int64_t at = int64_t(blockIdx.x) * kAroundThreads + threadIdx.x;
   if (at >= num_chunks) return;
   const float4 a = reinterpret_cast<const float4*>(sums)[2 * at], b = reinterpret_cast<const float4*>(sums)[2 * at + 1];

@@ -1,5 +1,5 @@
-// Hopper backward, head dimension 64: regime 0 has 128 keys by 128 queries and two consumer warpgroups, regime 1 (small windows) 64 by
-// 64, one warpgroup and several CTAs per SM.
+// Hopper backward, head dimension 64: regime 0 has 128 keys by 128 queries and two consumer warpgroups, regime 1 (small
+// windows) 64 by 64, one warpgroup and several CTAs per SM.
 #include "backward_launch_sm90.cuh"
 
 namespace jax_na::hopper {

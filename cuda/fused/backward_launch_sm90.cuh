@@ -19,7 +19,8 @@ Status launch_config(const BackwardLaunch& launch, cudaStream_t stream) {
     error = cudaGetLastError();
   }
   if (error == cudaSuccess) return {};
-  return Status::error(std::string("Hopper backward, head dimension ") + std::to_string(C::kDim) + ": " + cudaGetErrorString(error));
+  return Status::error(std::string("Hopper backward, head dimension ") + std::to_string(C::kDim) + ": " +
+                       cudaGetErrorString(error));
 }
 
 // Config<T, kPass> for both element types and passes.

@@ -1,8 +1,10 @@
 // Hopper backward mainloop: gradients of one outer tile over the boxes of the inner side that its windows reach.
 //
-// Pass kKeys (outer = keys): S^T = K Q^T, dP^T = V dO^T with keys on rows, P = exp2(S scale log2e - lse log2e), dS = P (dP - delta);
-//   dV += P^T dO and dK += dS^T Q take P and dS from registers; dS goes through shared memory for dQ += dS K, which is added to a
-//   float32 workspace in memory (red.global.add.v4). The query heads of a key/value head are looped inside the tile.
+// Pass kKeys (outer = keys): S^T = K Q^T, dP^T = V dO^T with keys on rows, P = exp2(S scale log2e - lse log2e), dS = P (dP
+// - delta);
+//   dV += P^T dO and dK += dS^T Q take P and dS from registers; dS goes through shared memory for dQ += dS K, which is
+//   added to a float32 workspace in memory (red.global.add.v4). The query heads of a key/value head are looped inside the
+//   tile.
 // Pass kQueries (outer = queries): the same two products with queries on rows, dQ += dS K from registers; deterministic.
 // One producer warp (TMA for the tiles, cp.async for lse and delta) and one or two consumer warpgroups of 64 rows each.
 // Source of the schedule: FlashAttention-3 (arXiv 2407.08608), backward; own: window rule, masks, dq path, run-time boxes.
@@ -102,7 +104,8 @@ struct GroupTokens {
 };
 
 template <bool kQuerySide>
-__device__ __forceinline__ GroupTokens group_tokens(const BackwardParams& params, const TileIndex& index, int a, int32_t length) {
+__device__ __forceinline__ GroupTokens group_tokens(const BackwardParams& params, const TileIndex& index, int a,
+                                                    int32_t length) {
   const int32_t dilation = params.axis[a].dilation;
   if (dilation == 1) return {0, length};
   int32_t first = index.group[a];
@@ -120,7 +123,8 @@ __device__ __forceinline__ GroupTokens outer_tokens(const BackwardParams& params
   return group_tokens<kPass == BackwardPass::kQueries>(params, index, a, params.axis[a].outer_length);
 }
 
-// The inner ordinals that the rows of the tile need, from the intervals of its first and last row: both ends never decrease.
+// The inner ordinals that the rows of the tile need, from the intervals of its first and last row: both ends never
+// decrease.
 template <BackwardPass kPass>
 __device__ __forceinline__ TileAxis tile_axis(const BackwardParams& params, const TileIndex& index, int a) {
   const BackwardAxis& plan = params.axis[a];
@@ -155,7 +159,8 @@ __device__ __forceinline__ bool not_beyond(uint32_t packed, uint32_t last) {
 
 // The tables of one CTA, by its consumer threads.
 template <class C>
-__device__ __forceinline__ void fill_tables(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index) {
+__device__ __forceinline__ void fill_tables(const BackwardParams& params, BackwardShared<C>& shared,
+                                            const TileIndex& index) {
   const int thread = threadIdx.x;
   for (int i = thread; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
   if (thread < C::kOuter) {
@@ -218,14 +223,15 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, const MapCoord
                                           int32_t block_bytes) {
 #pragma unroll
   for (int block = 0; block < C::kChannelBlocks; ++block) {
-    sm90::tma_load_5d(sm90::smem_address(target) + block * block_bytes, map, barrier, at.c[0] + block * C::kBlockChannels, at.c[1],
-                      at.c[2], at.c[3], at.c[4]);
+    sm90::tma_load_5d(sm90::smem_address(target) + block * block_bytes, map, barrier, at.c[0] + block * C::kBlockChannels,
+                      at.c[1], at.c[2], at.c[3], at.c[4]);
   }
 }
 
 // ---- producer: one warp ----
 template <class C>
-__device__ __forceinline__ void load_outer(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index) {
+__device__ __forceinline__ void load_outer(const BackwardParams& params, BackwardShared<C>& shared,
+                                           const TileIndex& index) {
   int32_t token[kMaxRank];
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
@@ -335,8 +341,8 @@ struct RowMask {
 };
 
 // ---- global memory ----
-// fp32 accumulator pairs of an 8-column block and its right neighbour to 16-byte additions: even lanes take the left block, odd
-// lanes the right one; `row` points there.
+// fp32 accumulator pairs of an 8-column block and its right neighbour to 16-byte additions: even lanes take the left block,
+// odd lanes the right one; `row` points there.
 __device__ __forceinline__ void add_row(float* row, float left0, float left1, float right0, float right1, bool valid) {
   const bool odd = threadIdx.x & 1;
   const float got0 = __shfl_xor_sync(~0u, odd ? left0 : right0, 1);
@@ -395,8 +401,7 @@ struct Consumer {
 
   // S or dP = outer (64 rows of this warpgroup) times inner transposed, over the channels.
   __device__ __forceinline__ void issue_scores(float (&acc)[kScores], const uint8_t* outer, const uint8_t* inner) const {
-    const uint64_t a =
-        sm90::descriptor_k_major<C::kRowBytes>(sm90::smem_address(outer) + warpgroup * 64 * C::kRowBytes);
+    const uint64_t a = sm90::descriptor_k_major<C::kRowBytes>(sm90::smem_address(outer) + warpgroup * 64 * C::kRowBytes);
     const uint64_t b = sm90::descriptor_k_major<C::kRowBytes>(sm90::smem_address(inner));
     constexpr int kStepsPerBlock = C::kRowBytes / 32;
 #pragma unroll
@@ -429,7 +434,8 @@ struct Consumer {
     const uint64_t a = sm90::descriptor_mn_major<128>(sm90::smem_address(ds) + query_block * C::kOuter * 128, 0);
     const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
     const uint32_t offset = channel / C::kBlockChannels * C::kOuterBlockBytes + channel % C::kBlockChannels * 2;
-    const uint64_t b = sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(shared.outer0) + offset, C::kOuterBlockBytes);
+    const uint64_t b =
+        sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(shared.outer0) + offset, C::kOuterBlockBytes);
 #pragma unroll
     for (int k = 0; k < C::kOuter / 16; ++k) {
       const uint64_t a_step = sm90::descriptor_advance(a, k * 16 * 128);
@@ -516,8 +522,8 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int j = 0; j < C::kDqChannels / 8; j += 2) {
-        add_row(target[h].row + 8 * j, acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], acc[4 * j + 4 + 2 * h], acc[4 * j + 5 + 2 * h],
-                target[h].valid);
+        add_row(target[h].row + 8 * j, acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], acc[4 * j + 4 + 2 * h],
+                acc[4 * j + 5 + 2 * h], target[h].valid);
       }
     }
   }
@@ -578,7 +584,8 @@ struct Consumer {
             delta[1] = pair.w;
           }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (kKeysPass ? delta[i % 2] : delta[i / 2]));
+          for (int i = 0; i < 4; ++i)
+            dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (kKeysPass ? delta[i % 2] : delta[i / 2]));
         }
         pack_fragments(ds_fragments, dp);
 
@@ -648,8 +655,8 @@ __device__ __forceinline__ void zero_uncovered_rows(uint8_t* tile, int32_t volum
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ uint8_t shared_memory[];
-  BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(
-      shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
+  BackwardShared<C>& shared =
+      *reinterpret_cast<BackwardShared<C>*>(shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
   const TileIndex index(params, blockIdx.x);
   constexpr int kTableBarrier = 2;
   constexpr int kTableThreads = C::kConsumerThreads + 32;  // the consumers and the producer warp

@@ -22,14 +22,16 @@ enum class BackwardPass { kKeys, kQueries };
 
 constexpr int kMaxPrefixRows = 136;  // sum over the axes of inner_box + 1, at most 128 + 1 + 2 + 2
 
-// The local tokens of one dilation group on one axis, of one side: token first + j * dilation has group coordinate base + j.
+// The local tokens of one dilation group on one axis, of one side: token first + j * dilation has group coordinate base +
+// j.
 struct SideAxis {
   int32_t first;
   int32_t base;
   int32_t count;
 };
 
-// `group` is the global dilation group; offset (of the shard, may be negative) and length (of this side) count local tokens.
+// `group` is the global dilation group; offset (of the shard, may be negative) and length (of this side) count local
+// tokens.
 JAX_NA_HOST_DEVICE SideAxis side_axis(int32_t offset, int32_t length, int32_t dilation, int32_t group) {
   if (dilation == 1) return {0, offset, length};
   int32_t first = (group - offset) % dilation;
@@ -37,8 +39,8 @@ JAX_NA_HOST_DEVICE SideAxis side_axis(int32_t offset, int32_t length, int32_t di
   return {first, (offset + first - group) / dilation, first < length ? (length - first + dilation - 1) / dilation : 0};
 }
 
-// Group coordinates of the inner side that tokens [first, last] of the outer side need. Both interval ends never decrease along the
-// axis, so this is exact.
+// Group coordinates of the inner side that tokens [first, last] of the outer side need. Both interval ends never decrease
+// along the axis, so this is exact.
 template <BackwardPass kPass>
 JAX_NA_HOST_DEVICE Interval inner_of_outer(const Axis& axis, int32_t length, int32_t i) {
   if constexpr (kPass == BackwardPass::kKeys) {
@@ -52,9 +54,9 @@ struct BackwardAxis {
   int32_t dilation;
   int32_t outer_length, inner_length;  // tokens
   int32_t outer_box, inner_box;
-  int32_t prefix_row;                  // first row of this axis in BackwardParams::prefix
-  int32_t table_row;                   // first row of this axis in BackwardParams::intervals
-  int32_t outer_token_stride;          // tokens of memory between neighbours of the axis
+  int32_t prefix_row;          // first row of this axis in BackwardParams::prefix
+  int32_t table_row;           // first row of this axis in BackwardParams::intervals
+  int32_t outer_token_stride;  // tokens of memory between neighbours of the axis
   int32_t inner_token_stride;
   FastDivisor inner_box_divisor;
   FastDivisor tiles;   // outer tiles of the longest group
@@ -75,20 +77,20 @@ struct BackwardParams {
   int32_t rank;
   int32_t sharded;
   int32_t heads;
-  int32_t group_heads;          // query heads per key/value head
-  int64_t q_tokens;             // per batch entry
+  int32_t group_heads;  // query heads per key/value head
+  int64_t q_tokens;     // per batch entry
   int64_t outer_tokens;
-  int32_t accumulate_dq;        // pass kKeys: add dq to the workspace
+  int32_t accumulate_dq;  // pass kKeys: add dq to the workspace
   float scale;
-  float scale_log2;             // scale * log2(e)
-  const Shard* halo;            // [rank], read only if sharded
-  const int2* intervals;        // [axis][outer token]: the inner ordinals it needs (backward_around_sm90.cuh)
-  const float2* stats;          // [batch, heads, q tokens]: lse * log2(e), delta
-  float* grad_query_f32;        // [batch, q tokens, heads, dim], not yet scaled
-  void* grad_outer0;            // dk, or dq in pass kQueries
-  void* grad_outer1;            // dv
-  // prefix[prefix_row + t][q], bit 2 j + e: column 8 j + 2 q + e of an inner box has a coordinate below t on that axis. The columns of
-  // lanes with lane % 4 == q that lie in the interval [lo, hi) are therefore prefix[hi] & ~prefix[lo].
+  float scale_log2;       // scale * log2(e)
+  const Shard* halo;      // [rank], read only if sharded
+  const int2* intervals;  // [axis][outer token]: the inner ordinals it needs (backward_around_sm90.cuh)
+  const float2* stats;    // [batch, heads, q tokens]: lse * log2(e), delta
+  float* grad_query_f32;  // [batch, q tokens, heads, dim], not yet scaled
+  void* grad_outer0;      // dk, or dq in pass kQueries
+  void* grad_outer1;      // dv
+  // prefix[prefix_row + t][q], bit 2 j + e: column 8 j + 2 q + e of an inner box has a coordinate below t on that axis. The
+  // columns of lanes with lane % 4 == q that lie in the interval [lo, hi) are therefore prefix[hi] & ~prefix[lo].
   uint4 prefix[kMaxPrefixRows];
 };
 

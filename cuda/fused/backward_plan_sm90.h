@@ -1,8 +1,8 @@
 // Tile shapes of the Hopper backward: the boxes with the least estimated time for this problem's axes.
 //
-// The number of inner boxes a tile visits is a product over the axes, so its sum over all tiles is a product of sums per axis, and
-// each of these depends on one outer and one inner box length only. Exact at the edges of the axes (the ranges come from the window
-// rule and its inverse); a shard is costed as if it were the whole tensor.
+// The number of inner boxes a tile visits is a product over the axes, so its sum over all tiles is a product of sums per
+// axis, and each of these depends on one outer and one inner box length only. Exact at the edges of the axes (the ranges
+// come from the window rule and its inverse); a shard is costed as if it were the whole tensor.
 #pragma once
 
 #include <algorithm>

@@ -36,7 +36,8 @@ PlanKey plan_key(const Problem& problem, BackwardPass pass) {
   PlanKey key{};
   int i = 0;
   for (const Axis& axis : problem.axis) {
-    for (const int32_t value : {axis.q_len, axis.kv_len, axis.window, axis.stride, axis.dilation, axis.causal}) key[i++] = value;
+    for (const int32_t value : {axis.q_len, axis.kv_len, axis.window, axis.stride, axis.dilation, axis.causal})
+      key[i++] = value;
   }
   for (const int64_t value :
        {problem.batch, int64_t(problem.heads), int64_t(problem.kv_heads), int64_t(problem.dim), int64_t(pass)}) {
@@ -55,8 +56,9 @@ BackwardPlan backward_plan(const Problem& problem, BackwardPass pass) {
   BackwardPlan plan;
   const auto regimes = backward_regimes(problem.dim, pass);
   for (size_t i = 0; i < regimes.size(); ++i) {
-    const BackwardBoxes boxes = pass == BackwardPass::kKeys ? choose_backward_boxes<BackwardPass::kKeys>(problem, regimes[i])
-                                                            : choose_backward_boxes<BackwardPass::kQueries>(problem, regimes[i]);
+    const BackwardBoxes boxes = pass == BackwardPass::kKeys
+                                    ? choose_backward_boxes<BackwardPass::kKeys>(problem, regimes[i])
+                                    : choose_backward_boxes<BackwardPass::kQueries>(problem, regimes[i]);
     if (boxes.found && (!plan.boxes.found || boxes.cost_ns < plan.boxes.cost_ns)) plan = {int32_t(i), boxes};
   }
   return cache->emplace(key, plan).first->second;
@@ -91,11 +93,12 @@ Status encode_side(const Problem& problem, DType dtype, const Side& side, const 
   if (!make_token_layout(layout, problem, side.lengths, box, side.heads, problem.dim)) {
     return Status::error("Hopper backward: TMA cannot walk this dilation (above 8 it must divide the length of its axis)");
   }
-  const CUtensorMapDataType type = dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type =
+      dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUtensorMapSwizzle swizzle = problem.dim == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
   for (const auto& [map, tensor] : {std::pair{map0, side.tensor0}, std::pair{map1, side.tensor1}}) {
-    const char* failure = make_token_map(map, *layout, tensor, type, 2, problem.batch, side.lengths, side.heads, problem.dim, box,
-                                         std::min(problem.dim, 64), swizzle);
+    const char* failure = make_token_map(map, *layout, tensor, type, 2, problem.batch, side.lengths, side.heads,
+                                         problem.dim, box, std::min(problem.dim, 64), swizzle);
     if (failure != nullptr) return Status::error(std::string("Hopper backward: ") + failure);
   }
   return {};
@@ -117,8 +120,14 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
   const Side &outer_side = keys_pass ? keys : queries, &inner_side = keys_pass ? queries : keys;
 
   BackwardParams params;
-  if (Status s = encode_side(problem, options.dtype, outer_side, outer, &params.outer_layout, &params.outer0, &params.outer1); !s.ok()) return s;
-  if (Status s = encode_side(problem, options.dtype, inner_side, inner, &params.inner_layout, &params.inner0, &params.inner1); !s.ok()) return s;
+  if (Status s =
+          encode_side(problem, options.dtype, outer_side, outer, &params.outer_layout, &params.outer0, &params.outer1);
+      !s.ok())
+    return s;
+  if (Status s =
+          encode_side(problem, options.dtype, inner_side, inner, &params.inner_layout, &params.inner0, &params.inner1);
+      !s.ok())
+    return s;
 
   int64_t num_tiles = problem.batch * outer_side.heads;
   int32_t outer_stride = 1, inner_stride = 1;
@@ -199,7 +208,8 @@ Status launch_status(const char* what) {
 }  // namespace
 
 Status backward(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options, cudaStream_t stream) {
-  if (options.dtype != DType::kF16 && options.dtype != DType::kBF16) return Status::error("Hopper backward: fp16 and bf16 only");
+  if (options.dtype != DType::kF16 && options.dtype != DType::kBF16)
+    return Status::error("Hopper backward: fp16 and bf16 only");
   if (problem.dim != problem.dim_v || (problem.dim != 32 && problem.dim != 64 && problem.dim != 128)) {
     return Status::error("Hopper backward: head dimensions 32, 64 and 128 only, equal for keys and values");
   }
@@ -219,8 +229,9 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   auto* const queries_of_keys = reinterpret_cast<int2*>(memory + workspace.stats_bytes);
   int2* keys_of_queries = queries_of_keys;
   for (const Axis& axis : problem.axis) keys_of_queries += axis.kv_len;
-  float* const grad_query_f32 =
-      options.deterministic ? nullptr : reinterpret_cast<float*>(memory + workspace.stats_bytes + workspace.intervals_bytes);
+  float* const grad_query_f32 = options.deterministic
+                                    ? nullptr
+                                    : reinterpret_cast<float*>(memory + workspace.stats_bytes + workspace.intervals_bytes);
 
   const bool half = options.dtype == DType::kF16;
   PrepareParams prepare{};
@@ -242,7 +253,9 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   half ? launch_prepare<__half>(prepare, problem.dim, stream) : launch_prepare<__nv_bfloat16>(prepare, problem.dim, stream);
   if (Status s = launch_status("preparation"); !s.ok()) return s;
 
-  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, stats, queries_of_keys, grad_query_f32, stream); !s.ok()) return s;
+  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, stats, queries_of_keys, grad_query_f32, stream);
+      !s.ok())
+    return s;
   if (options.deterministic) {
     return run_pass(problem, buffers, options, BackwardPass::kQueries, stats, keys_of_queries, nullptr, stream);
   }
@@ -253,8 +266,8 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
     backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(grad_query_f32, static_cast<__half*>(buffers.grad_query),
                                                                    problem.scale, num_chunks);
   } else {
-    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query),
-                                                                   problem.scale, num_chunks);
+    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(
+        grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query), problem.scale, num_chunks);
   }
   return launch_status("conversion of dq");
 }

@@ -11,8 +11,8 @@
 
 namespace jax_na::hopper {
 
-// ForwardBuffers::workspace in a backward call, in this order, each part rounded up to 256 bytes. jax_na/_cuda.py declares the extra
-// output with the same formula.
+// ForwardBuffers::workspace in a backward call, in this order, each part rounded up to 256 bytes. jax_na/_cuda.py declares
+// the extra output with the same formula.
 struct BackwardWorkspace {
   int64_t stats_bytes;      // float2 per query and head
   int64_t intervals_bytes;  // int2 per token of each axis, queries and keys
@@ -28,8 +28,8 @@ inline BackwardWorkspace backward_workspace(const Problem& problem, bool determi
   return {round_up(rows * 8), round_up(axis_tokens * 8), deterministic ? 0 : round_up(rows * problem.dim * 4)};
 }
 
-// Rows of the outer tile and of an inner box, and what one box and one tile cost (nanoseconds on one SM of an H200, all CTAs of the
-// SM together): the tile choice and the choice between two regimes of one head dimension go by these.
+// Rows of the outer tile and of an inner box, and what one box and one tile cost (nanoseconds on one SM of an H200, all
+// CTAs of the SM together): the tile choice and the choice between two regimes of one head dimension go by these.
 struct BackwardRegime {
   int32_t outer;
   int32_t inner;

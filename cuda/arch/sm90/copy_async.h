@@ -22,8 +22,8 @@ __device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
 
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// global[0..3] += values, float32, unordered; 16-byte aligned. Predicated instead of branched around: a branch between wgmma and its
-// wait would make the compiler serialize the pipeline.
+// global[0..3] += values, float32, unordered; 16-byte aligned. Predicated instead of branched around: a branch between
+// wgmma and its wait would make the compiler serialize the pipeline.
 __device__ __forceinline__ void reduce_add_x4(float* global, float a, float b, float c, float d, bool valid) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"

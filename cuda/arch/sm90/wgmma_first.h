@@ -1,7 +1,7 @@
 // Hopper warpgroup matrix multiply whose accumulator starts at zero: D[64, N] = A[64, 16] * B[16, N].
 //
-// The same instruction as Wgmma::ss with accumulate = false, but the accumulator is an output only: its registers are free until here,
-// so that a software-pipelined loop can keep such a product in flight across its back edge.
+// The same instruction as Wgmma::ss with accumulate = false, but the accumulator is an output only: its registers are free
+// until here, so that a software-pipelined loop can keep such a product in flight across its back edge.
 #pragma once
 
 #include "wgmma.h"
