@@ -70,6 +70,41 @@ NEIGHBOURS = {
     )
 }
 
+# The best published kernels on one H200, bf16, (forward, backward) ms, as their users call them: NATTEN 0.21.7 (hopper-fna or
+# cutlass-fna, best tile configuration), or PyTorch 2.11 FlexAttention, compiled, with the same mask.
+BEST_PEER_MS = {
+    "1d-32k-w2k-d128": (2.13, 6.52),
+    "1d-16k-w512-d64": (1.02, 3.15),
+    "2d-flux4k-d128": (17.5, 61.6),
+    "2d-128-w32-d64": (2.16, 6.14),
+    "2d-128-w32-dil4-d64": (1.2, 3.97),
+    "3d-hunyuan-d128": (74.2, 259),
+    "3d-cogvideo-d64": (4.41, 11.2),
+    "2d-nat-s1-d32": (0.683, 2.73),
+    "2d-nat-s1-dil8-d32": (0.277, 0.831),
+    "2d-nat-s2-d32": (0.376, 1.37),
+    "2d-nat-s3-d32": (0.232, 0.894),
+    "2d-flux4k-gna-d128": (9.22, 49.7),
+    "3d-hunyuan-gna-d128": (26.4, 138),
+    "3d-ltx-s5-d64": (38.3, 93.4),
+    "3d-ltx-s1-d64": (2.51, 6.93),
+    "3d-cosmos-d128": (26.8, 90.6),
+    "3d-cosmos-dil-d128": (2.68, 12.5),
+}
+# NATTEN 0.21.7 cutlass-fna (64x64 tiles): the kernels that run on any GPU from SM 8.0 up.
+AMPERE_PEER_MS = {
+    "1d-16k-w512-d64": (1.22, 4.00),
+    "2d-128-w32-d64": (5.24, 18.0),
+    "2d-128-w32-dil4-d64": (2.79, 11.5),
+    "3d-cogvideo-d64": (13.9, 49.3),
+    "2d-nat-s1-d32": (0.683, 4.28),
+    "2d-nat-s1-dil8-d32": (0.277, 0.831),
+    "2d-nat-s2-d32": (0.376, 2.45),
+    "2d-nat-s3-d32": (0.232, 0.894),
+    "3d-ltx-s5-d64": (71.6, 417.0),
+    "3d-ltx-s1-d64": (5.51, 25.0),
+}
+
 # Dense attention through cuDNN on an H200, TFLOP/s (forward, backward) by head dim, and its copy rate in bytes per second.
 DENSE_TFLOPS = {32: (248, 247), 64: (465, 451), 128: (617, 540)}
 COPY_BYTES_PER_SECOND = 4.27e12

@@ -1,0 +1,65 @@
+"""Markdown tables from a results file: python -m benchmarks.report benchmarks/results/h200/latest.json"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+from benchmarks.problems import AMPERE_PEER_MS, BEST_PEER_MS, PROBLEMS
+
+
+def _times(rows: list[dict[str, Any]], implementation: str, dtype: str = "bfloat16") -> dict[tuple[str, str], dict[str, Any]]:
+    return {(r["problem"], r["pass"]): r for r in rows if r["implementation"] == implementation and r["dtype"] == dtype}
+
+
+def _mean(ratios: list[float]) -> str:
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x" if ratios else "-"
+
+
+def comparison(rows: list[dict[str, Any]], implementation: str, peers: dict[str, tuple[float, float]]) -> str:
+    """One line per problem: ours, the peer's, the ratio, and the distance to the bound, forward and backward."""
+    ours = _times(rows, implementation)
+    lines = ["| problem | window | forward ms | peer | ratio | x bound | backward ms | peer | ratio | x bound |", "|---" * 10 + "|"]
+    ratios: dict[str, list[float]] = {"fwd": [], "bwd": []}
+    for name, peer in peers.items():
+        case = PROBLEMS[name]
+        shape = "x".join(map(str, case.spatial))
+        cells = [f"`{name}` {case.batch}, {shape}, {case.heads}, {case.dim}", str(case.window)]
+        for which, other in zip(("fwd", "bwd"), peer, strict=True):
+            row = ours.get((name, which))
+            if row is None:
+                cells += ["-", f"{other:g}", "-", "-"]
+                continue
+            ratios[which].append(other / row["ms"])
+            bound = f"{row['ms'] / row['bound_ms']:.2f}"
+            cells += [f"{row['ms']:.3g}", f"{other:g}", f"{other / row['ms']:.2f}x", bound]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Geometric mean: {_mean(ratios['fwd'])} forward, {_mean(ratios['bwd'])} backward."])
+
+
+def against(rows: list[dict[str, Any]], fast: str, slow: str, dtype: str) -> str:
+    """Geometric mean of ``slow / fast`` by rank and pass."""
+    first, second = _times(rows, fast, dtype), _times(rows, slow, dtype)
+    lines = []
+    for which in ("fwd", "bwd"):
+        for rank in (1, 2, 3):
+            keys = [k for k in first if k in second and k[1] == which and len(PROBLEMS[k[0]].spatial) == rank]
+            ratios = [second[k]["ms"] / first[k]["ms"] for k in keys]
+            lines.append(f"{fast} over {slow}, {dtype}, {which}, {rank}-D, {len(keys)} rows: {_mean(ratios)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    result = json.load(open(sys.argv[1]))
+    rows = [r for r in result["rows"] if r["problem"] in PROBLEMS]
+    print(comparison(rows, "cuda", BEST_PEER_MS), "\n")
+    print(comparison(rows, "cuda_fused", AMPERE_PEER_MS), "\n")
+    for dtype in sorted({r["dtype"] for r in rows}):
+        for fast, slow in (("cuda_fused", "cuda_naive"), ("cuda_gemm", "cuda_naive"), ("cuda_fused", "cuda_gemm")):
+            print(against(rows, fast, slow, dtype))
+
+
+if __name__ == "__main__":
+    main()
