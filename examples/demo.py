@@ -137,7 +137,9 @@ def token_features(photo: np.ndarray) -> Array:
     return jnp.asarray((features - features.mean((0, 1))) / features.std((0, 1)), jnp.float32)
 
 
-def attention_maps(features: Array, places: tuple[tuple[int, int], ...], sharpness: float = 1.2, **options: Any) -> np.ndarray:
+def attention_maps(
+    features: Array, places: tuple[tuple[int, int], ...], sharpness: float = 1.2, **options: Any
+) -> np.ndarray:
     """Attention weights of the chosen tokens over all tokens, ``[places, rows, columns]``.
 
     The score of two tokens is minus the squared distance of their features, times ``sharpness``. The output is linear in the
@@ -153,7 +155,9 @@ def attention_maps(features: Array, places: tuple[tuple[int, int], ...], sharpne
 
     @jax.jit
     def weights(value: Array) -> Array:
-        attend = functools.partial(jax_na.neighborhood_attention, query, key, window_size=(WINDOW, WINDOW), scale=1.0, **options)
+        attend = functools.partial(
+            jax_na.neighborhood_attention, query, key, window_size=(WINDOW, WINDOW), scale=1.0, **options
+        )
         return jax.vjp(attend, value)[1](jnp.asarray(cotangent))[0]
 
     return np.moveaxis(np.asarray(weights(value))[0, :, :, 0], -1, 0)
@@ -242,7 +246,9 @@ def draw_attention(path: pathlib.Path) -> None:
                 axes.text(0.5, 1.03, detail, transform=axes.transAxes, ha="center", va="bottom", color="#444444")
             if view == 0:
                 axes.set_ylabel(name, weight="bold", fontsize=14, color=color, labelpad=8)
-            axes.set_xlabel(f"{len(seen)} tokens, largest weight {weight.max():.3f}", fontsize=9.5, color="#444444", labelpad=4)
+            axes.set_xlabel(
+                f"{len(seen)} tokens, largest weight {weight.max():.3f}", fontsize=9.5, color="#444444", labelpad=4
+            )
     bar = figure.add_axes((0.36, 0.026, 0.28, 0.009))
     bar.imshow(np.linspace(0.03, 0.93, 256)[None], aspect="auto", cmap=colormap, vmin=0, vmax=1)
     bar.set_yticks([])

@@ -15,6 +15,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flax_layers._random_state import concrete_random_state
+
 Array = Any
 PyTree = Any
 
@@ -68,7 +70,9 @@ def adamw(
     peak: float, steps: int, *, warmup: int = 0, weight_decay: float = 0.05, final: float = 0.01, clip: float = 5.0
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to ``final * peak``, decay of kernels only, and clipping by global norm."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), final * peak)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else peak, peak, warmup, max(steps, warmup + 1), final * peak
+    )
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=decayed),
@@ -119,8 +123,7 @@ def make_trainer(
 
     def build(params: PyTree) -> Any:
         # What is no parameter is the state of random streams; steps pass their own keys instead.
-        zeros = jax.tree.map(_blank, rest)
-        return nnx.merge(graph, params, zeros)
+        return nnx.merge(graph, params, concrete_random_state(rest, seed))
 
     def init() -> TrainState:
         def start() -> TrainState:
@@ -159,10 +162,3 @@ def make_trainer(
         jax.jit(eval_step, out_shardings=replicated),
         evaluation_model,
     )
-
-
-def _blank(leaf: Any) -> Array:
-    """A concrete stand-in for an abstract leaf; random keys become key 0."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
-    return jnp.zeros(leaf.shape, leaf.dtype)

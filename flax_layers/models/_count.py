@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,14 +48,14 @@ def _walk(jaxpr: Any) -> int:
     return total
 
 
-def count_macs(make: Callable[[], Any], *input_shapes: Sequence[int]) -> int:
+def count_macs(model: Any, *input_shapes: Sequence[int]) -> int:
     """Multiply-accumulates of one forward pass: convolutions, matrix products and attention (what papers call FLOPs).
 
     Args:
-      make: builds the model, such as ``lambda: create("nat_mini", rngs=nnx.Rngs(0))``; it is only traced.
+      model: a model, also an abstract one: ``nnx.eval_shape(lambda: create("nat_mini", rngs=nnx.Rngs(0)))``.
       input_shapes: of the inputs, batch included; they are float32.
     """
-    graph, state = nnx.split(nnx.eval_shape(make))
+    graph, state = nnx.split(model)
     inputs = [jax.ShapeDtypeStruct(tuple(shape), np.float32) for shape in input_shapes]
 
     def run(state: Any, *inputs: Any) -> Any:

@@ -13,11 +13,23 @@ from flax_layers.models._vision import NAT, DiNATs, Isotropic
 Config = dict[str, Any]
 
 _DEPTHS = (3, 4, 18, 5)
-_MINI: Config = {"embed_dim": 64, "depths": (3, 4, 6, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3.0, "drop_path_rate": 0.2}
+_MINI: Config = {
+    "embed_dim": 64,
+    "depths": (3, 4, 6, 5),
+    "num_heads": (2, 4, 8, 16),
+    "mlp_ratio": 3.0,
+    "drop_path_rate": 0.2,
+}
 _TINY: Config = _MINI | {"depths": _DEPTHS}
 _SMALL: Config = {"embed_dim": 96, "depths": _DEPTHS, "num_heads": (3, 6, 12, 24), "mlp_ratio": 2.0, "drop_path_rate": 0.3}
 _BASE: Config = {"embed_dim": 128, "depths": _DEPTHS, "num_heads": (4, 8, 16, 32), "mlp_ratio": 2.0, "drop_path_rate": 0.5}
-_LARGE: Config = {"embed_dim": 192, "depths": _DEPTHS, "num_heads": (6, 12, 24, 48), "mlp_ratio": 2.0, "drop_path_rate": 0.35}
+_LARGE: Config = {
+    "embed_dim": 192,
+    "depths": _DEPTHS,
+    "num_heads": (6, 12, 24, 48),
+    "mlp_ratio": 2.0,
+    "drop_path_rate": 0.35,
+}
 
 
 def alternating(depths: tuple[int, ...], largest: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

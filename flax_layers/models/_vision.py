@@ -50,7 +50,9 @@ class _Context:
             rngs=self.rngs,
         )
 
-    def conv(self, in_features: int, out_features: int, size: int, stride: int, padding: int, use_bias: bool = True) -> nnx.Conv:
+    def conv(
+        self, in_features: int, out_features: int, size: int, stride: int, padding: int, use_bias: bool = True
+    ) -> nnx.Conv:
         return nnx.Conv(
             in_features,
             out_features,
@@ -190,7 +192,9 @@ class _Hierarchical(_Classifier):
     ) -> None:
         count = len(depths)
         if len(num_heads) != count or (dilations is not None and len(dilations) != count):
-            raise ValueError(f"depths={depths!r}, num_heads={num_heads!r} and dilations={dilations!r} need one entry per level")
+            raise ValueError(
+                f"depths={depths!r}, num_heads={num_heads!r} and dilations={dilations!r} need one entry per level"
+            )
         rates = _depth_rates(drop_path_rate, depths)
         levels = []
         for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
