@@ -142,8 +142,8 @@ def attention_maps(
 ) -> np.ndarray:
     """Attention weights of the chosen tokens over all tokens, ``[places, rows, columns]``.
 
-    The score of two tokens is minus the squared distance of their features, times ``sharpness``. The output is linear in the
-    values and the weights are its derivative, so one backward pass gives them: channel p of the values stands for place p.
+    The score of two tokens is minus the squared distance of their features, times ``sharpness``. The output is linear in
+    the values and the weights are its derivative, so one backward pass gives them: channel p of the values is place p's.
     """
     size = jnp.sum(features**2, -1, keepdims=True)
     query = jnp.concatenate([2 * sharpness * features, jnp.ones_like(size)], -1)[None, :, :, None]
@@ -284,8 +284,8 @@ def milliseconds(function: Callable[..., Any], *inputs: Array) -> float:
 def compare() -> None:
     device = jax.devices()[0]
     print(f"on {device.device_kind} ({device.platform}), float32, milliseconds of one forward call, warm\n")
-    columns = f"{'problem':28s} {'served by':10s} {'jax_na':>9s} {'dense':>9s} {'gather':>9s} {'vs dense':>9s} {'vs gather':>9s} {'error':>9s}"
-    print(columns)
+    columns = ("jax_na", "dense", "gather", "vs dense", "vs gather", "error")
+    print(f"{'problem':28s} {'served by':10s} " + " ".join(f"{column:>9s}" for column in columns))
     for name, shape, window in PROBLEMS:
         q, k, v = (jax.random.normal(key, shape, jnp.float32) for key in jax.random.split(jax.random.key(SEED), 3))
         ours = jax.jit(lambda q, k, v, window=window: jax_na.neighborhood_attention(q, k, v, window))

@@ -137,7 +137,7 @@ def check_heads(features: int, num_heads: int, num_kv_heads: int | None, head_di
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
-            f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: the query heads share key/value heads evenly"
+            f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}: query heads share key/value heads evenly"
         )
     return num_kv_heads, head_dim
 
@@ -160,7 +160,7 @@ def check_tokens(x: Array, features: int, rank: int) -> None:
 
 
 def shrink_to_fit(geometry: Geometry, lengths: Sequence[int]) -> Geometry:
-    """The ``fit="shrink"`` rule: the largest dilation that fits; only if 1 is still too much, the largest window of its parity.
+    """The ``fit="shrink"`` rule: the largest dilation that fits; if 1 is still too much, the largest window of its parity.
 
     With dilation ``length // window`` this is the rule by which the published models chose their dilations.
     """
@@ -178,12 +178,13 @@ def shrink_to_fit(geometry: Geometry, lengths: Sequence[int]) -> Geometry:
 
 
 def fit_geometry(geometry: Geometry, lengths: Sequence[int], fit: Fit) -> tuple[Geometry, tuple[int, ...]]:
-    """The geometry that serves an input of these lengths, and the tokens to append on each axis (not 0 with ``fit="pad"``)."""
+    """The geometry that serves an input of these lengths, and the tokens to append on each axis (with ``fit="pad"``)."""
     needed = tuple(w * d for w, d in zip(geometry.window, geometry.dilation, strict=True))
     none = (0,) * geometry.rank
     if all(n <= length for n, length in zip(needed, lengths, strict=True)):
         return geometry, none
-    about = f"window_size={geometry.window} * dilation={geometry.dilation} = {needed} exceeds the input's {tuple(lengths)} tokens"
+    product = f"window_size={geometry.window} * dilation={geometry.dilation} = {needed}"
+    about = f"{product} exceeds the input's {tuple(lengths)} tokens"
     if fit == "error":
         raise ValueError(
             f"{about}: use a smaller window or dilation, or fit='shrink' (a smaller dilation, then a smaller window) "

@@ -204,8 +204,8 @@ class NeighborhoodAttention(_Projected):
 class HydraNeighborhoodAttention(_Projected):
     """Neighborhood attention whose heads are divided into groups, each with its own window, dilation and bias.
 
-    ``window_sizes``, ``dilations``, ``strides`` and ``is_causals`` hold one entry per group, or a single entry for all. Heads
-    are divided evenly, a remainder goes to the last groups, one each. Groups of equal geometry are served by one call.
+    ``window_sizes``, ``dilations``, ``strides`` and ``is_causals`` hold one entry per group, or a single entry for all.
+    Heads are divided evenly, a remainder goes to the last groups, one each. Groups of equal geometry are served by one call.
 
     Args:
       in_features, num_heads: as in :class:`NeighborhoodAttention`.

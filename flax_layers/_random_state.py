@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def concrete_random_state(rest: Any, seed: int = 0) -> Any:
-    """Concrete leaves for those that ``nnx.eval_shape`` left abstract: a key of its own for every stream, counts of zero."""
+    """Concrete leaves for those that ``nnx.eval_shape`` left abstract: a key of its own per stream, counts of zero."""
     leaves, tree = jax.tree.flatten(rest)
 
     def fill(index: int, leaf: Any) -> Any:

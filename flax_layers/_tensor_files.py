@@ -1,7 +1,7 @@
-"""Reading and writing tensor files: safetensors, and PyTorch's zip archives (``.bin``, ``.pth``, ``.pt``) without PyTorch.
+"""Reading and writing tensor files: safetensors, and without PyTorch its zip archives (``.bin``, ``.pth``, ``.pt``).
 
-Sources: the safetensors format description; the layout that ``torch.save`` writes since PyTorch 1.6. Archives are read by an
-unpickler that knows tensors and plain containers and refuses everything else, so a file cannot run code.
+Sources: the safetensors format description; the layout that ``torch.save`` writes since PyTorch 1.6. Archives are read by
+an unpickler that knows tensors and plain containers and refuses everything else, so a file cannot run code.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WRAPPERS = ("state_dict", "model", "model_ema", "g_ema")
 
 
 def read(path: str | pathlib.Path) -> StateDict:
-    """Tensors by name, from ``.safetensors`` or a PyTorch archive; also from a folder that holds one of the usual file names."""
+    """Tensors by name, from ``.safetensors``, a PyTorch archive, or a folder that holds one of the usual file names."""
     path = pathlib.Path(path)
     if path.is_dir():
         for name in ("model.safetensors", "pytorch_model.bin"):
@@ -152,8 +152,8 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_
 def _read_torch(path: pathlib.Path) -> StateDict:
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path} is neither .safetensors nor a zip archive of torch.save (PyTorch before 1.6 wrote another format: load and "
-            "save it again with a current PyTorch)"
+            f"{path} is neither .safetensors nor a zip archive of torch.save (PyTorch before 1.6 wrote another format: "
+            "load and save it again with a current PyTorch)"
         )
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]

@@ -1,8 +1,8 @@
 """Published weights: PyTorch checkpoints under their original names and under those of Hugging Face, both directions.
 
-``load(model, path)`` fills a model of :mod:`flax_layers.models`; ``save(model, path, layout)`` writes one that PyTorch reads.
-Parameters carry the original names here, so that layout is ``kernel`` and ``scale`` renamed to ``weight`` and transposed; the
-Hugging Face layout is a table of regular expressions on top.
+``load(model, path)`` fills a model of :mod:`flax_layers.models`; ``save(model, path, layout)`` writes one that PyTorch
+reads. Parameters carry the original names here, so that layout is ``kernel`` and ``scale`` renamed to ``weight`` and
+transposed; the Hugging Face layout is a table of regular expressions on top.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ def from_state_dict(
     """The model with the parameters of a state dict.
 
     Args:
-      model: a model of :mod:`flax_layers.models`, also an abstract one from ``nnx.eval_shape``: then nothing is initialized in
-        vain.
+      model: a model of :mod:`flax_layers.models`, also an abstract one from ``nnx.eval_shape``: then nothing is
+        initialized in vain.
       tensors: a state dict, name to array (anything ``numpy.asarray`` takes).
       layout: ``"original"`` or ``"huggingface"``; ``None`` looks at the names.
-      ignore: a regular expression; matching parameters (original names: ``head\\.``) keep their values, and matching tensors of
-        the checkpoint are not missed.
+      ignore: a regular expression; matching parameters (original names: ``head\\.``) keep their values, and matching
+        tensors of the checkpoint are not missed.
 
     Returns:
       A model of the same class; ``model`` is unchanged.
@@ -173,7 +173,8 @@ def from_state_dict(
     if errors:
         listed = "\n  ".join(errors)
         raise CheckpointError(
-            f"the checkpoint ({layout} layout, {len(tensors)} tensors) does not fit the model, {len(errors)} problems:\n  {listed}"
+            f"the checkpoint ({layout} layout, {len(tensors)} tensors) does not fit the model, {len(errors)} problems:"
+            f"\n  {listed}"
         )
     return nnx.merge(graph, nnx.from_flat_state(filled), concrete_random_state(rest))
 
@@ -204,7 +205,7 @@ def to_state_dict(model: Any, layout: Layout = "original", *, prefix: str = "") 
 
 
 def load(model: Any, path: str | pathlib.Path, *, layout: Layout | None = None, ignore: str | None = None) -> Any:
-    """:func:`from_state_dict` of a file: ``.safetensors``, ``.bin``, ``.pth``, or a folder as the Hugging Face hub lays it out.
+    """:func:`from_state_dict` of a file: ``.safetensors``, ``.bin``, ``.pth``, or a folder of the Hugging Face hub.
 
     Archives of ``torch.save`` are read without PyTorch.
     """
@@ -219,6 +220,6 @@ def save(model: Any, path: str | pathlib.Path, layout: Layout = "original", *, p
 def load_pretrained(
     make_model: Callable[[], Any], path: str | pathlib.Path, *, layout: Layout | None = None, ignore: str | None = None
 ) -> Any:
-    """:func:`load` into ``make_model()`` without initializing it: ``lambda: models.create("dinat_tiny", rngs=nnx.Rngs(0))``."""
+    """:func:`load` into ``make_model()``, ``lambda: models.create("dinat_tiny", rngs=nnx.Rngs(0))``, not initializing it."""
     model = make_model() if ignore else nnx.eval_shape(make_model)
     return load(model, path, layout=layout, ignore=ignore)

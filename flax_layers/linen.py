@@ -1,4 +1,4 @@
-"""The layers for Flax Linen. Same parameters' names, shapes and numbers as the NNX layers: they share the functional core."""
+"""The layers for Flax Linen. Parameters have the NNX layers' names and shapes, and the functional core is shared."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class _Projected(nn.Module):
 class NeighborhoodAttention(_Projected):
     """Multi-head neighborhood self-attention; see :class:`flax_layers.NeighborhoodAttention` for the attributes.
 
-    As in ``linen.MultiHeadDotProductAttention``, ``deterministic`` is an attribute or an argument of the call, needed where a
-    dropout rate is not zero, and the random collection is ``"dropout"``.
+    As in ``linen.MultiHeadDotProductAttention``, ``deterministic`` is an attribute or an argument of the call, needed where
+    a dropout rate is not zero, and the random collection is ``"dropout"``.
     """
 
     num_heads: int

@@ -1,6 +1,6 @@
 """Training and evaluation steps for classifiers, as pure functions over a :class:`TrainState`.
 
-The batch may be sharded over devices (:func:`data_sharding`); parameters are replicated, and gradients are then summed by XLA.
+The batch may be sharded over devices (:func:`data_sharding`); parameters are replicated, and XLA then sums gradients.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def make_trainer(
     Args:
       make_model: ``() -> nnx.Module``, which maps images to logits.
       optimizer: an optax transformation.
-      seed: of dropout, stochastic depth and ``augment``; every step derives its keys from this and its number, so that a resumed
-        run draws what an uninterrupted one would have drawn.
+      seed: of dropout, stochastic depth and ``augment``; every step derives its keys from this and its number, so that a
+        resumed run draws what an uninterrupted one would have drawn.
       label_smoothing: of the training loss.
       augment: ``(key, images) -> images``, applied on the device in training steps.
       mesh: parameters are replicated over it; default: all local devices (:func:`data_mesh`).

@@ -1,10 +1,11 @@
 """The StyleNAT generator: style-based image synthesis with Hydra neighborhood attention.
 
-``z -> mapping network -> w``; from a learned 4x4 constant, each resolution has two blocks modulated by ``w`` (adaptive instance
-norm), then a bilinear upsampling; the image is the sum of one RGB projection per resolution.
+``z -> mapping network -> w``; from a learned 4x4 constant, each resolution has two blocks modulated by ``w`` (adaptive
+instance norm), then a bilinear upsampling; the image is the sum of one RGB projection per resolution.
 
-Sources: Walton et al., "StyleNAT: Giving Each Head a New Perspective" (arXiv 2211.05770); the skeleton is that of Zhang et al.,
-"StyleSwin" (arXiv 2112.10762), the mapping network and the RGB skips those of Karras et al., "StyleGAN2" (arXiv 1912.04958).
+Sources: Walton et al., "StyleNAT: Giving Each Head a New Perspective" (arXiv 2211.05770); the skeleton is that of Zhang
+et al., "StyleSwin" (arXiv 2112.10762), the mapping network and the RGB skips those of Karras et al., "StyleGAN2"
+(arXiv 1912.04958).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The classifiers built on neighborhood attention: NAT and DiNAT, DiNAT_s, and the isotropic ones.
 
-Attributes carry the names of the published PyTorch checkpoints (``levels.0.blocks.1.attn.rpb``), so that a parameter is found
-under the same path there and here.
+Attributes carry the names of the published PyTorch checkpoints (``levels.0.blocks.1.attn.rpb``), so that a parameter is
+found under the same path there and here.
 
 Sources: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); Hassani and Shi, "Dilated Neighborhood
 Attention Transformer" (arXiv 2209.15001).
@@ -83,7 +83,7 @@ class ConvTokenizer(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """One convolution over patches, then a norm. Sides that are no multiple of the patch are padded with zeros at the end."""
+    """One convolution over patches, then a norm. Sides that are no multiple of the patch are padded with zeros."""
 
     def __init__(self, in_channels: int, features: int, patch_size: int, context: _Context):
         self.patch_size = patch_size
@@ -250,10 +250,11 @@ class NAT(_Hierarchical):
       in_channels: of the images.
       dropout_rate, attention_dropout_rate: see :class:`flax_layers.NeighborhoodTransformerBlock`.
       fit: what happens on levels smaller than ``window_size * dilation``, see :class:`flax_layers.NeighborhoodAttention`:
-        ``"shrink"`` (a smaller dilation, with a warning that names it), ``"pad"`` (as the published code does), ``"error"``.
+        ``"shrink"`` (a smaller dilation, with a warning that names it), ``"pad"`` (as the published code), ``"error"``.
       implementation: of the attention, as in :func:`jax_na.neighborhood_attention`.
       remat: recompute each block's activations in the backward pass.
-      dtype, param_dtype, precision, rngs: as in Flax layers; ``dtype=jnp.bfloat16`` computes in bfloat16 with float32 parameters.
+      dtype, param_dtype, precision, rngs: as in Flax layers; ``dtype=jnp.bfloat16`` computes in bfloat16 with float32
+        parameters.
     """
 
     levels_attribute = "levels"

@@ -1,4 +1,4 @@
-"""A stand-in for the ``natten`` package, for PyTorch models written by others: its two operations by this library's definition."""
+"""A stand-in for the ``natten`` package, for PyTorch models written by others: its operations by our definition."""
 
 from __future__ import annotations
 

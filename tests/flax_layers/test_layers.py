@@ -121,7 +121,8 @@ def test_jit_grad_vmap_bf16_and_eval_shape():
     mapped = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(block, stacked)
     np.testing.assert_allclose(mapped[0], y, atol=1e-5)
     half = make(jnp.bfloat16)
-    assert half.attn.rpb.dtype == jnp.float32 and half(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert half.attn.rpb.dtype == jnp.float32
+    assert half(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     np.testing.assert_allclose(half(x.astype(jnp.bfloat16)).astype(jnp.float32), y, atol=0.1)
     abstract = nnx.eval_shape(make)
     assert abstract.attn.rpb.shape == (4, 5, 9)

@@ -80,7 +80,8 @@ def test_registry():
     with pytest.raises(ValueError, match="registered already"):
         models.register("nat_mini", models.NAT)
     wide = nnx.eval_shape(maker("nat_mini", num_classes=0, in_channels=1))
-    assert wide.head is None and wide.patch_embed.proj[0].kernel.shape == (3, 3, 1, 32)
+    assert wide.head is None
+    assert wide.patch_embed.proj[0].kernel.shape == (3, 3, 1, 32)
 
 
 SMALL = {
@@ -106,7 +107,8 @@ def test_jit_grad_vmap_bf16_and_features(name):
     images = jax.random.normal(jax.random.key(0), (2, 27, 34, 3))
     call = nnx.jit(lambda model, x: (model(x), model.features(x)))
     logits, features = call(model, images)
-    assert logits.shape == (2, 5) and len(features) == (1 if name == "isotropic" else 2)
+    assert logits.shape == (2, 5)
+    assert len(features) == (1 if name == "isotropic" else 2)
     for i, feature in enumerate(features):
         step = 4 * 2**i
         assert feature.shape[1:3] == (-(-27 // step), -(-34 // step))
@@ -157,7 +159,8 @@ def test_stylenat_small():
     model = make(rngs=nnx.Rngs(0))
     z = jax.random.normal(jax.random.key(0), (2, 32))
     images = nnx.jit(lambda model, z: model(z))(model, z)
-    assert images.shape == (2, 16, 16, 3) and bool(jnp.isfinite(images).all())
+    assert images.shape == (2, 16, 16, 3)
+    assert bool(jnp.isfinite(images).all())
     np.testing.assert_allclose(model.synthesis(model.mapping(z)), images, atol=1e-5)
     grads = nnx.grad(lambda model: jnp.mean(model(z) ** 2))(model)
     assert np.any(grads.layers[1].blocks[0].attn.rpb[0][...] != 0)
@@ -211,7 +214,8 @@ def test_all_errors_of_a_checkpoint_come_in_one_message():
     message = str(caught.value)
     assert "4 problems" in message
     for part in (
-        "levels.0.blocks.0.attn.rpb: shape (2, 13, 13) in the checkpoint, the model's levels.0.blocks.0.attn.rpb needs (2, 5, 5)",
+        "levels.0.blocks.0.attn.rpb: shape (2, 13, 13) in the checkpoint, the model's levels.0.blocks.0.attn.rpb needs "
+        "(2, 5, 5)",
         "head.weight: shape (7, 32) in the checkpoint, the model's head.weight needs (5, 32)",
         "norm.bias: missing in the checkpoint",
         "extra.weight: in the checkpoint, but not in the model",
