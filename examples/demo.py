@@ -10,6 +10,7 @@ A GPU is used where there is one.
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import statistics
 import sys
@@ -283,7 +284,8 @@ def milliseconds(function: Callable[..., Any], *inputs: Array) -> float:
 
 def compare() -> None:
     device = jax.devices()[0]
-    print(f"on {device.device_kind} ({device.platform}), float32, milliseconds of one forward call, warm\n")
+    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+    print(f"on {name}, float32, milliseconds of one forward call, warm\n")
     columns = ("jax_na", "dense", "gather", "vs dense", "vs gather", "error")
     print(f"{'problem':28s} {'served by':10s} " + " ".join(f"{column:>9s}" for column in columns))
     for name, shape, window in PROBLEMS:

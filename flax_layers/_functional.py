@@ -109,8 +109,8 @@ def make_geometries(
     for name, entries in lists.items():
         if len(entries) not in (1, groups):
             raise ValueError(f"{name} has {len(entries)} entries, expected 1 or {groups}: one per group of heads")
-    columns = (tuple(entries) * (groups if len(entries) == 1 else 1) for entries in lists.values())
-    geometries = tuple(make_geometry(*row, rank) for row in zip(*columns, strict=True))
+    columns = [tuple(entries) * (groups if len(entries) == 1 else 1) for entries in lists.values()]
+    geometries = tuple(make_geometry(*row, rank) for row in zip(*columns, strict=True))  # type: ignore[call-arg]
     if len({geometry.rank for geometry in geometries}) > 1:
         raise ValueError(f"window_sizes={window_sizes!r} mix ranks: every group needs the same number of spatial axes")
     return geometries
@@ -265,7 +265,7 @@ def attend(
     """
     if bias is not None:
         bias = crop_bias(bias, geometry.window).astype(query.dtype)
-    window = {"stride": geometry.stride, "dilation": geometry.dilation, "is_causal": geometry.is_causal}
+    window: dict[str, Any] = {"stride": geometry.stride, "dilation": geometry.dilation, "is_causal": geometry.is_causal}
     if dropout is None:
         return jax_na.neighborhood_attention(
             query,
@@ -341,8 +341,8 @@ def hydra_attend(
         bias = None
         if biases is not None:
             bias = jnp.concatenate([b for b, g in zip(biases, fitted, strict=True) if g == call.geometry])
-        heads = (take_heads(x, call.heads) for x in (query, key, value))
-        outs.append(attend(*heads, call.geometry, bias=bias, **options))
+        q, k, v = (take_heads(x, call.heads) for x in (query, key, value))
+        outs.append(attend(q, k, v, call.geometry, bias=bias, **options))
     if len(outs) == 1:
         return outs[0]
     order = np.argsort(np.concatenate([call.heads for call in calls]))

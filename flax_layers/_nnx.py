@@ -175,11 +175,10 @@ class NeighborhoodAttention(_Projected):
             bias_init=bias_init,
             rngs=rngs,
         )
+        self.rpb: Any = nnx.data(None)
         if relative_bias:
             F.check_bias(self.geometry)
             self.rpb = nnx.Param(rpb_init(rngs.params(), (num_heads, *self.geometry.bias_shape), param_dtype))
-        else:
-            self.rpb = nnx.data(None)
 
     def __call__(self, x: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """Attend over ``x [B, *spatial, in_features]``; ``deterministic`` and ``rngs`` are for the dropouts."""
@@ -267,6 +266,7 @@ class HydraNeighborhoodAttention(_Projected):
             rngs=rngs,
         )
         self.heads_per_group = F.divide_heads(num_heads, len(self.geometries))
+        self.rpb: Any = nnx.data(None)
         if relative_bias:
             for geometry in self.geometries:
                 F.check_bias(geometry)
@@ -274,8 +274,6 @@ class HydraNeighborhoodAttention(_Projected):
                 nnx.Param(rpb_init(rngs.params(), (heads, *geometry.bias_shape), param_dtype))
                 for heads, geometry in zip(self.heads_per_group, self.geometries, strict=True)
             )
-        else:
-            self.rpb = nnx.data(None)
 
     def __call__(self, x: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None) -> Array:
         """Attend over ``x [B, *spatial, in_features]``; ``deterministic`` and ``rngs`` are for the dropouts."""

@@ -137,7 +137,7 @@ def from_state_dict(
     given = {_HF_PREFIX.sub("", n) if layout == "huggingface" else n: t for n, t in tensors.items() if not ignored(n)}
     used: set[str] = set()
     errors: list[str] = []
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         old = _value(leaf)

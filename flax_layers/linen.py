@@ -205,7 +205,10 @@ class NeighborhoodTransformerBlock(nn.Module):
         shared: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         inits: dict[str, Any] = {"precision": self.precision, "kernel_init": self.kernel_init, "bias_init": self.bias_init}
         norm = functools.partial(nn.LayerNorm, epsilon=self.epsilon, **shared)
-        dense = functools.partial(nn.Dense, **shared, **inits)
+
+        def dense(count: int, name: str) -> Any:
+            return nn.Dense(count, name=name, **shared, **inits)
+
         drop = nn.Dropout(self.dropout_rate, deterministic=deterministic)
         drop_path = nn.Dropout(
             self.drop_path_rate, tuple(range(1, rank + 2)), deterministic=deterministic, name="drop_path"
@@ -228,5 +231,5 @@ class NeighborhoodTransformerBlock(nn.Module):
             **inits,
         )
         x = x + branch(attn(norm(name="norm1")(x), deterministic), "gamma1")
-        y = nn.gelu(dense(int(features * self.mlp_ratio), name="fc1")(norm(name="norm2")(x)), approximate=False)
-        return x + branch(drop(dense(features, name="fc2")(drop(y))), "gamma2")
+        y = nn.gelu(dense(int(features * self.mlp_ratio), "fc1")(norm(name="norm2")(x)), approximate=False)
+        return x + branch(drop(dense(features, "fc2")(drop(y))), "gamma2")

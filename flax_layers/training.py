@@ -119,7 +119,7 @@ def make_trainer(
     """
     mesh = data_mesh() if mesh is None else mesh
     replicated = NamedSharding(mesh, PartitionSpec())
-    graph, _, rest = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
+    graph, _, rest = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)  # type: ignore[misc]
 
     def build(params: PyTree) -> Any:
         # What is no parameter is the state of random streams; steps pass their own keys instead.

@@ -150,6 +150,9 @@ class _Classifier(nnx.Module):
     in_channels: int
     levels_attribute: str
     remat: bool
+    patch_embed: Any
+    norm: Any
+    head: Any
 
     def _tokens(self, x: Array) -> Array:
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
