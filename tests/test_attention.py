@@ -52,26 +52,30 @@ def values_and_gradients(case: Case, implementation: str, inputs: Inputs, cotang
     return values, vjp(cotangents)[0]
 
 
+@functools.cache
+def expected_and_limits(case: Case, dtype) -> tuple[dict, dict]:
+    """The oracle's values and gradients, and the error that each may have; the same for every implementation."""
+    inputs, (grad_out, grad_lse) = case.inputs(dtype), case.cotangents(dtype)
+    truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
+    assert truth.grads is not None
+    halo = case.spec().identity_halo(inputs.query)
+    reference, reference_grads = same_precision(case.spec(), inputs, halo, grad_out, grad_lse)
+    expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
+    plain = {"out": reference[0], "lse": reference[1], **reference_grads._asdict()}
+    given = [name for name, value in expected.items() if value is not None]
+    limits = {name: tolerance(relative_error(plain[name], expected[name]), dtype) for name in given}
+    return expected, limits
+
+
 def check(case: Case, implementation: str, dtype) -> None:
     inputs = case.inputs(dtype)
     if not serves_or_says_why(implementation, case, inputs):
         return
-    grad_out, grad_lse = case.cotangents(dtype)
-    (out, lse), grads = values_and_gradients(case, implementation, inputs, (grad_out, grad_lse))
-    truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
-    halo = case.spec().identity_halo(inputs.query)
-    reference, reference_grads = same_precision(case.spec(), inputs, halo, grad_out, grad_lse)
-    assert truth.grads is not None
+    (out, lse), grads = values_and_gradients(case, implementation, inputs, case.cotangents(dtype))
     actual = {"out": out, "lse": lse, **grads._asdict()}
-    expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
-    plain = {"out": reference[0], "lse": reference[1], **reference_grads._asdict()}
-    errors = {}
-    for name, value in actual.items():
-        if value is None:
-            continue
-        assert value.dtype == (jnp.float32 if name == "lse" else jnp.dtype(dtype))
-        limit = tolerance(relative_error(plain[name], expected[name]), dtype)
-        errors[name] = (relative_error(value, expected[name]), limit)
+    expected, limits = expected_and_limits(case, dtype)
+    assert all(actual[name].dtype == (jnp.float32 if name == "lse" else jnp.dtype(dtype)) for name in limits)
+    errors = {name: (relative_error(actual[name], expected[name]), limit) for name, limit in limits.items()}
     assert all(error <= limit for error, limit in errors.values()), errors
 
 

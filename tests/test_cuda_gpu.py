@@ -182,9 +182,9 @@ def test_inside_cuda_graphs(implementation, tmp_path):
     )
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment, cwd=ROOT)
-    thunks = [path.read_text() for path in tmp_path.glob("*jit_run*thunk_sequence.txt")]
-    captured = [text for text in thunks if "kCommandBuffer" in text]
-    assert captured, [path.name for path in tmp_path.iterdir()]
+    thunks = {path.name: path.read_text() for path in tmp_path.glob("*jit_run*thunk_sequence*.txt")}
+    captured = [text for text in thunks.values() if "kCommandBuffer" in text and "kCustomCall" in text]
+    assert captured, thunks
 
 
 def raw_call(**changes):

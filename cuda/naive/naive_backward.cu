@@ -69,10 +69,13 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   for (int64_t index = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; index < units; index += step) {
     const Unit unit(index, q_tokens, problem.heads, chunks);
     const int32_t kv_head = unit.head / (problem.heads / problem.kv_heads);
-    const T* q = row_of(in.query, unit.batch, q_tokens, unit.token, problem.heads, unit.head, problem.dim);
-    const T* grad_out = row_of(in.grad_out, unit.batch, q_tokens, unit.token, problem.heads, unit.head, problem.dim_v);
-    const float lse = *row_of(in.lse, unit.batch, q_tokens, unit.token, problem.heads, unit.head, 1);
-    const float delta = *row_of(in.delta, unit.batch, q_tokens, unit.token, problem.heads, unit.head, 1);
+    const T* q = Rows<const T>(in.query, unit.batch, q_tokens, problem.heads, unit.head, problem.dim)[unit.token];
+    const T* grad_out =
+        Rows<const T>(in.grad_out, unit.batch, q_tokens, problem.heads, unit.head, problem.dim_v)[unit.token];
+    const float lse = *Rows<const float>(in.lse, unit.batch, q_tokens, problem.heads, unit.head, 1)[unit.token];
+    const float delta = *Rows<const float>(in.delta, unit.batch, q_tokens, problem.heads, unit.head, 1)[unit.token];
+    const Rows<const T> keys(in.key, unit.batch, kv_tokens, problem.kv_heads, kv_head, problem.dim);
+    const Rows<const T> values(in.value, unit.batch, kv_tokens, problem.kv_heads, kv_head, problem.dim_v);
     const T* table = bias_of(in.bias, problem, unit.batch, unit.head);
     const Columns columns(unit.chunk, lane, problem.dim);
     const Box box = keys_of(problem, in.halo, unit.token);
@@ -80,23 +83,20 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     float sum[kColumnsPerLane] = {};
     for (int32_t base = 0; base < box.volume; base += kWarp) {
       float ds = 0.0f;
-      int64_t token = 0;
+      int32_t token = 0;
       if (base + lane < box.volume) {
         const Box::Cell cell = box.cell(base + lane, problem);
         token = cell.token;
-        const T* k = row_of(in.key, unit.batch, kv_tokens, token, problem.kv_heads, kv_head, problem.dim);
-        const T* v = row_of(in.value, unit.batch, kv_tokens, token, problem.kv_heads, kv_head, problem.dim_v);
         const float bias = table != nullptr ? to_float(table[cell.bias]) : 0.0f;
-        ds = pair(problem, q, k, v, grad_out, bias, lse, delta, aligned, aligned_v).ds;
+        ds = pair(problem, q, keys[token], values[token], grad_out, bias, lse, delta, aligned, aligned_v).ds;
       }
       const int32_t count = min(kWarp, box.volume - base);
+#pragma unroll 8
       for (int32_t j = 0; j < count; ++j) {
-        const float factor = __shfl_sync(kFullMask, ds, j);
-        const int64_t t = __shfl_sync(kFullMask, static_cast<long long>(token), j);
-        columns.add(sum, factor, row_of(in.key, unit.batch, kv_tokens, t, problem.kv_heads, kv_head, problem.dim));
+        columns.add(sum, __shfl_sync(kFullMask, ds, j), keys[__shfl_sync(kFullMask, token, j)]);
       }
     }
-    columns.store(row_of(grad_query, unit.batch, q_tokens, unit.token, problem.heads, unit.head, problem.dim), sum,
+    columns.store(Rows<T>(grad_query, unit.batch, q_tokens, problem.heads, unit.head, problem.dim)[unit.token], sum,
                   problem.scale);
   }
 }
@@ -112,39 +112,40 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   const int64_t step = int64_t(gridDim.x) * kWarpsPerBlock;
   for (int64_t index = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; index < units; index += step) {
     const Unit unit(index, kv_tokens, problem.kv_heads, chunks);
-    const T* k = row_of(in.key, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim);
-    const T* v = row_of(in.value, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim_v);
+    const T* k = Rows<const T>(in.key, unit.batch, kv_tokens, problem.kv_heads, unit.head, problem.dim)[unit.token];
+    const T* v = Rows<const T>(in.value, unit.batch, kv_tokens, problem.kv_heads, unit.head, problem.dim_v)[unit.token];
     const Columns columns(unit.chunk, lane, problem.dim), columns_v(unit.chunk, lane, problem.dim_v);
     const Box box = queries_of(problem, in.halo, unit.token);
 
     float sum_k[kColumnsPerLane] = {}, sum_v[kColumnsPerLane] = {};
     for (int32_t head = unit.head * group; head < (unit.head + 1) * group; ++head) {
+      const Rows<const T> queries(in.query, unit.batch, q_tokens, problem.heads, head, problem.dim);
+      const Rows<const T> grads_out(in.grad_out, unit.batch, q_tokens, problem.heads, head, problem.dim_v);
+      const Rows<const float> lses(in.lse, unit.batch, q_tokens, problem.heads, head, 1);
+      const Rows<const float> deltas(in.delta, unit.batch, q_tokens, problem.heads, head, 1);
       const T* table = bias_of(in.bias, problem, unit.batch, head);
       for (int32_t base = 0; base < box.volume; base += kWarp) {
         Pair mine{0.0f, 0.0f};
-        int64_t token = 0;
+        int32_t token = 0;
         if (base + lane < box.volume) {
           const Box::Cell cell = box.cell(base + lane, problem);
           token = cell.token;
-          const T* q = row_of(in.query, unit.batch, q_tokens, token, problem.heads, head, problem.dim);
-          const T* grad_out = row_of(in.grad_out, unit.batch, q_tokens, token, problem.heads, head, problem.dim_v);
-          const float lse = *row_of(in.lse, unit.batch, q_tokens, token, problem.heads, head, 1);
-          const float delta = *row_of(in.delta, unit.batch, q_tokens, token, problem.heads, head, 1);
           const float bias = table != nullptr ? to_float(table[cell.bias]) : 0.0f;
-          mine = pair(problem, q, k, v, grad_out, bias, lse, delta, aligned, aligned_v);
+          mine =
+              pair(problem, queries[token], k, v, grads_out[token], bias, *lses[token], *deltas[token], aligned, aligned_v);
         }
         const int32_t count = min(kWarp, box.volume - base);
+#pragma unroll 4
         for (int32_t j = 0; j < count; ++j) {
-          const float p = __shfl_sync(kFullMask, mine.p, j), ds = __shfl_sync(kFullMask, mine.ds, j);
-          const int64_t t = __shfl_sync(kFullMask, static_cast<long long>(token), j);
-          columns.add(sum_k, ds, row_of(in.query, unit.batch, q_tokens, t, problem.heads, head, problem.dim));
-          columns_v.add(sum_v, p, row_of(in.grad_out, unit.batch, q_tokens, t, problem.heads, head, problem.dim_v));
+          const int32_t t = __shfl_sync(kFullMask, token, j);
+          columns.add(sum_k, __shfl_sync(kFullMask, mine.ds, j), queries[t]);
+          columns_v.add(sum_v, __shfl_sync(kFullMask, mine.p, j), grads_out[t]);
         }
       }
     }
-    columns.store(row_of(grad_key, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim), sum_k,
+    columns.store(Rows<T>(grad_key, unit.batch, kv_tokens, problem.kv_heads, unit.head, problem.dim)[unit.token], sum_k,
                   problem.scale);
-    columns_v.store(row_of(grad_value, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim_v),
+    columns_v.store(Rows<T>(grad_value, unit.batch, kv_tokens, problem.kv_heads, unit.head, problem.dim_v)[unit.token],
                     sum_v, 1.0f);
   }
 }
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
       if (!seen) continue;
       const int64_t row = (batch * q_tokens + token) * problem.heads + head;
       sum += pair(problem, in.query + row * problem.dim,
-                  row_of(in.key, batch, kv_tokens, key_token, problem.kv_heads, head / group, problem.dim),
-                  row_of(in.value, batch, kv_tokens, key_token, problem.kv_heads, head / group, problem.dim_v),
+                  Rows<const T>(in.key, batch, kv_tokens, problem.kv_heads, head / group, problem.dim)[key_token],
+                  Rows<const T>(in.value, batch, kv_tokens, problem.kv_heads, head / group, problem.dim_v)[key_token],
                   in.grad_out + row * problem.dim_v, bias, in.lse[row], in.delta[row], aligned, aligned_v)
                  .ds;
     }

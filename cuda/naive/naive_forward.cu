@@ -25,7 +25,9 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   for (int64_t index = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; index < units; index += step) {
     const Unit unit(index, q_tokens, problem.heads, chunks);
     const int32_t kv_head = unit.head / (problem.heads / problem.kv_heads);
-    const T* q = row_of(query, unit.batch, q_tokens, unit.token, problem.heads, unit.head, problem.dim);
+    const T* q = Rows<const T>(query, unit.batch, q_tokens, problem.heads, unit.head, problem.dim)[unit.token];
+    const Rows<const T> keys(key, unit.batch, kv_tokens, problem.kv_heads, kv_head, problem.dim);
+    const Rows<const T> values(value, unit.batch, kv_tokens, problem.kv_heads, kv_head, problem.dim_v);
     const T* table = bias_of(bias, problem, unit.batch, unit.head);
     const Columns columns(unit.chunk, lane, problem.dim_v);
     const Box box = keys_of(problem, halo, unit.token);
@@ -34,12 +36,11 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     float sum[kColumnsPerLane] = {};
     for (int32_t base = 0; base < box.volume; base += kWarp) {
       float score = -INFINITY;
-      int64_t token = 0;
+      int32_t token = 0;
       if (base + lane < box.volume) {
         const Box::Cell cell = box.cell(base + lane, problem);
         token = cell.token;
-        const T* k = row_of(key, unit.batch, kv_tokens, token, problem.kv_heads, kv_head, problem.dim);
-        score = problem.scale * dot(q, k, problem.dim, aligned);
+        score = problem.scale * dot(q, keys[token], problem.dim, aligned);
         if (table != nullptr) score += to_float(table[cell.bias]);
       }
       const float new_max = fmaxf(row_max, warp_max(score));
@@ -52,16 +53,15 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
 #pragma unroll
       for (int i = 0; i < kColumnsPerLane; ++i) sum[i] *= rescale;
       const int32_t count = min(kWarp, box.volume - base);
+#pragma unroll 8
       for (int32_t j = 0; j < count; ++j) {
-        const float p = __shfl_sync(kFullMask, weight, j);
-        const int64_t t = __shfl_sync(kFullMask, static_cast<long long>(token), j);
-        columns.add(sum, p, row_of(value, unit.batch, kv_tokens, t, problem.kv_heads, kv_head, problem.dim_v));
+        columns.add(sum, __shfl_sync(kFullMask, weight, j), values[__shfl_sync(kFullMask, token, j)]);
       }
     }
-    T* o = row_of(out, unit.batch, q_tokens, unit.token, problem.heads, unit.head, problem.dim_v);
+    T* o = Rows<T>(out, unit.batch, q_tokens, problem.heads, unit.head, problem.dim_v)[unit.token];
     columns.store(o, sum, row_sum > 0.0f ? 1.0f / row_sum : (row_sum == 0.0f ? 0.0f : row_sum));
     if (unit.chunk == 0 && lane == 0) {
-      *row_of(lse, unit.batch, q_tokens, unit.token, problem.heads, unit.head, 1) =
+      *Rows<float>(lse, unit.batch, q_tokens, problem.heads, unit.head, 1)[unit.token] =
           row_sum == 0.0f ? -INFINITY : row_max + logf(row_sum);
     }
   }

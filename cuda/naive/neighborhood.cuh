@@ -38,7 +38,7 @@ struct Box {
   int32_t volume;
 
   struct Cell {
-    int64_t token;
+    int32_t token;
     int64_t bias;  // entry of the [2 window - 1, ...] table
   };
 
@@ -230,12 +230,17 @@ inline unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// Row `head` of token `token`: [batch, tokens, heads, dim].
+// The rows of one head of one batch entry of a tensor [batch, tokens, heads, dim]: element `token` is a row.
 template <typename T>
-__device__ inline T* row_of(T* base, int64_t batch, int64_t tokens, int64_t token, int32_t heads, int32_t head,
-                            int32_t dim) {
-  return base + (((batch * tokens + token) * heads + head) * int64_t(dim));
-}
+struct Rows {
+  T* first;
+  int64_t stride;
+
+  __device__ Rows(T* tensor, int64_t batch, int64_t tokens, int32_t heads, int32_t head, int32_t dim)
+      : first(tensor + (batch * tokens * heads + head) * dim), stride(int64_t(heads) * dim) {}
+
+  __device__ T* operator[](int64_t token) const { return first + token * stride; }
+};
 
 template <typename T>
 __device__ inline const T* bias_of(const T* bias, const Problem& problem, int64_t batch, int32_t head) {
@@ -256,6 +261,9 @@ inline Status launch_status(const char* kernel) {
 inline Status check(const Problem& problem) {
   if (problem.window_volume() >= (int64_t(1) << 31)) {
     return Status::error("a window of " + std::to_string(problem.window_volume()) + " keys: the limit is 2^31 - 1");
+  }
+  if (problem.q_tokens() >= (int64_t(1) << 31) || problem.kv_tokens() >= (int64_t(1) << 31)) {
+    return Status::error("more than 2^31 - 1 tokens in one batch entry");
   }
   if (problem.num_extra > 0) return Status::error("additional keys are composed outside this family");
   return {};
