@@ -9,6 +9,8 @@ from jax_na._explain import explain as explain
 from jax_na._primitives import RESIDUAL_NAMES as RESIDUAL_NAMES
 from jax_na._primitives import save_attention_residuals as save_attention_residuals
 from jax_na._spatial import sharded_neighborhood_attention as sharded_neighborhood_attention
+from jax_na._unfused_api import na_av as na_av
+from jax_na._unfused_api import na_qk as na_qk
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_na import _backends, _primitives
+from jax_na import _backends, _primitives, _unfused
 from jax_na._spec import Inputs, check_inputs, make_spec
 
 Array = Any
@@ -31,7 +31,9 @@ def neighborhood_attention(
     implementation: str | None = None,
     deterministic: bool | None = None,
     shrink_window: bool = False,
-) -> Array | tuple[Array, Array]:
+    return_weights: bool = False,
+    max_weights_bytes: int | None = None,
+) -> Array | tuple[Array, ...]:
     """Attention in which each token sees only its nearest neighbours in 1, 2 or 3 dimensions.
 
     Args:
@@ -50,10 +52,17 @@ def neighborhood_attention(
       implementation: ``None`` (the best that serves) or a name; :func:`jax_na.explain` lists them.
       deterministic: ``True`` asks for bitwise reproducible gradients; ``None`` leaves it to the implementation.
       shrink_window: let a window (and dilation) that does not fit the input shrink instead of raising.
+      return_weights: also return the attention weights, through the unfused products (:func:`jax_na.na_qk`, softmax,
+        :func:`jax_na.na_av`); ``implementation`` then names one of theirs. They take ``B * prod(spatial) * H *
+        prod(window_size)`` elements of memory, a few times over when differentiated.
+      max_weights_bytes: largest weights array allowed with ``return_weights`` or an implementation that stores the weights
+        (``"cuda_gemm"``, ``"xla_unfused"``); default 8 GiB, or the environment variable ``JAX_NA_MAX_WEIGHTS_BYTES``.
 
     Returns:
       ``[B, *spatial, H, Dv]`` in the dtype of ``query``; with ``return_lse`` also ``[B, *spatial, H]``, float32, natural log,
-      scale included (float64 for float64 inputs).
+      scale included (float64 for float64 inputs). With ``return_weights`` also, last, ``[B, *spatial, H, prod(window_size)]`` in
+      the dtype of ``query``: the softmax weight of each key of the window, row-major from the window's first key, zero outside a
+      causal mask. Additional keys are in the softmax but not in this array: a row then sums to one less their share.
 
     Raises:
       ValueError, TypeError: an illegal argument; the message names it, its value and the limit.
@@ -62,7 +71,8 @@ def neighborhood_attention(
     Source: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143), "Faster Neighborhood Attention"
     (arXiv 2403.04690), "Generalized Neighborhood Attention" (arXiv 2504.16922).
     """
-    _backends.check_name(implementation)
+    if not (return_weights and implementation in _unfused.PRODUCTS):
+        _backends.check_name(implementation)
     given = Inputs(query, key, value, bias, additional_keys, additional_values)
     inputs = Inputs(*(None if array is None else jnp.asarray(array) for array in given))
     spec = make_spec(
@@ -78,6 +88,12 @@ def neighborhood_attention(
         shrink_window,
     )
     check_inputs(inputs, spec)
+    if return_weights or implementation in _unfused.STORES_WEIGHTS:
+        _unfused.check_memory(spec, inputs.query, max_weights_bytes)
+    if return_weights:
+        _unfused.choose_both(spec, inputs)
+        out, lse, weights = _unfused.attention(spec, inputs, spec.identity_halo(inputs.query))
+        return (out, lse, weights) if return_lse else (out, weights)
     _backends.choose(None, spec, inputs)
     out, lse = _primitives.forward(spec, inputs, spec.identity_halo(inputs.query))
     return (out, lse) if return_lse else out

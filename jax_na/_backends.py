@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from jax_na import _cuda, _definition, _xla
+from jax_na import _cuda, _definition, _unfused, _xla
 from jax_na._spec import Inputs, Spec
 
 
@@ -59,10 +59,18 @@ def _register_cuda(name: str, family: str | None) -> None:
     register(Implementation(name, ("cuda",), *bound))
 
 
+def _register_unfused(name: str, products: str) -> None:
+    """Attention composed of the unfused products of that name: the weights lie in memory."""
+    bound: list[Any] = [functools.partial(f, products) for f in (_unfused.why_not, _unfused.forward, _unfused.backward)]
+    register(Implementation(name, _unfused.PRODUCTS[products].platforms, *bound))
+
+
 _register_cuda("cuda", None)
 register(Implementation("xla", None, _serves, _xla.forward, _xla.backward))
 for _family in _cuda.FAMILIES:
     _register_cuda(f"cuda_{_family.name}", _family.name)
+for _name, _products in _unfused.STORES_WEIGHTS.items():
+    _register_unfused(_name, _products)
 register(Implementation("reference", None, _serves, _definition.forward, _definition.backward))
 
 

@@ -146,14 +146,14 @@ def window_parameters(
     return tuple(windows), tuple(strides), tuple(dilations), causal
 
 
-def _check_float(name: str, array: Array, like: Array | None = None) -> None:
+def check_dtype(name: str, array: Array, like: Array | None = None) -> None:
     if str(array.dtype) not in DTYPES:
         raise TypeError(f"{name} has dtype {array.dtype}; supported are {', '.join(DTYPES)}")
     if like is not None and array.dtype != like.dtype:
         raise TypeError(f"{name} has dtype {array.dtype}, query has {like.dtype}: they must be equal")
 
 
-def _check_shape(name: str, array: Array, expected: tuple[int, ...], axes: str) -> None:
+def check_shape(name: str, array: Array, expected: tuple[int, ...], axes: str) -> None:
     if tuple(array.shape) != tuple(expected):
         raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(expected)} = {axes}")
 
@@ -179,11 +179,11 @@ def check_heads(query_heads: int, kv_heads: int) -> None:
 def check_inputs(inputs: Inputs, spec: Spec) -> None:
     """Check shapes and dtypes of a public call (one batch dimension)."""
     query, key, value, bias, extra_key, extra_value = inputs
-    _check_float("query", query)
+    check_dtype("query", query)
     for name, array in zip(Inputs._fields[1:], inputs[1:], strict=True):
         public = {"extra_key": "additional_keys", "extra_value": "additional_values"}.get(name, name)
         if array is not None:
-            _check_float(public, array, query)
+            check_dtype(public, array, query)
     if key.ndim != query.ndim or value.ndim != query.ndim:
         raise ValueError(
             f"query, key and value need the same number of axes, got shapes {tuple(query.shape)}, {tuple(key.shape)}, "
@@ -191,8 +191,8 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
         )
     batch, spatial, heads, dim = query.shape[0], spec.spatial(query), query.shape[-2], query.shape[-1]
     kv_heads, dim_v = key.shape[-2], value.shape[-1]
-    _check_shape("key", key, (batch, *spatial, kv_heads, dim), "[batch, *spatial, kv_heads, head_dim] of query")
-    _check_shape("value", value, (batch, *spatial, kv_heads, dim_v), "[batch, *spatial, kv_heads, value_dim] of key")
+    check_shape("key", key, (batch, *spatial, kv_heads, dim), "[batch, *spatial, kv_heads, head_dim] of query")
+    check_shape("value", value, (batch, *spatial, kv_heads, dim_v), "[batch, *spatial, kv_heads, value_dim] of key")
     for name, size in (("head_dim of query", dim), ("head_dim of value", dim_v), ("heads of query", heads)):
         if size < 1:
             raise ValueError(f"{name} is {size}: it must be at least 1")
@@ -200,7 +200,7 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
     if bias is not None:
         if any(window % 2 == 0 for window in spec.window):
             raise ValueError(f"bias needs an odd window_size on every axis, got {spec.window}")
-        _check_shape("bias", bias, (heads, *(2 * w - 1 for w in spec.window)), "[heads, 2 * window - 1 per axis]")
+        check_shape("bias", bias, (heads, *(2 * w - 1 for w in spec.window)), "[heads, 2 * window - 1 per axis]")
     if (extra_key is None) != (extra_value is None):
         raise ValueError("additional_keys and additional_values belong together: give both or neither")
     if extra_key is not None and extra_value is not None:
@@ -210,8 +210,8 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
                 f"{tuple(extra_key.shape)} and {tuple(extra_value.shape)}"
             )
         tokens = extra_key.shape[1]
-        _check_shape("additional_keys", extra_key, (batch, tokens, kv_heads, dim), "[batch, tokens, kv_heads, head_dim]")
-        _check_shape("additional_values", extra_value, (batch, tokens, kv_heads, dim_v), "[batch, tokens, kv_heads, value_dim]")
+        check_shape("additional_keys", extra_key, (batch, tokens, kv_heads, dim), "[batch, tokens, kv_heads, head_dim]")
+        check_shape("additional_values", extra_value, (batch, tokens, kv_heads, dim_v), "[batch, tokens, kv_heads, value_dim]")
 
 
 def canonical_precision(precision: Any) -> lax.Precision:

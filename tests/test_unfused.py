@@ -1,0 +1,438 @@
+"""The unfused pair: na_qk, na_av, the weights of neighborhood_attention; every implementation against enumerated windows."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jax_na
+from jax_na import _backends, _unfused
+from jax_na._spec import Inputs
+from jax_na.testing.cases import CASES, SHORT, Case, random_case
+from jax_na.testing.numerics import relative_error
+
+CUDA = [name for name in _unfused.PRODUCTS if name.startswith("cuda")]
+IMPLEMENTATIONS = [
+    pytest.param("reference"),
+    pytest.param("xla"),
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in CUDA),
+]
+over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+BY_NAME = {case.name: case for case in CASES}
+# Relative to the largest entry. CUDA multiplies float32 with TF32 tensor cores at default precision.
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2, "float64": 1e-12}
+
+
+def tolerance(dtype, implementation) -> float:
+    if jnp.dtype(dtype) == jnp.float32 and implementation == "cuda_gemm":
+        return 3e-3
+    return TOLERANCE[str(jnp.dtype(dtype))]
+
+
+# --- the oracle ------------------------------------------------------------------------------------------------------
+
+
+def axis_neighbors(x, length, window, stride, dilation, causal):
+    """Positions of the keys in the window of token ``x``, None outside the causal mask: semantics.md, word by word."""
+    group, i = x % dilation, x // dilation
+    group_len = length // dilation + (1 if group < length % dilation else 0)
+    left, right = window // 2, window // 2 + window % 2 - 1
+    if causal:
+        center = min(i // stride * stride + stride - 1, group_len - 1)
+        start, end = max(center - window + 1, 0), i + 1
+    else:
+        center = min(i // stride * stride + stride // 2, group_len - 1)
+        start = max(center - left, 0) + (group_len - right - center - 1 if center + right >= group_len else 0)
+        end = start + window
+    return [j * dilation + group if j < end else None for j in range(start, start + window)]
+
+
+@functools.cache
+def key_table(case: Case) -> np.ndarray:
+    """``[tokens, window volume]``: flat index of the key in each slot, -1 where there is none."""
+    spec = case.spec()
+    table = []
+    for token in itertools.product(*(range(n) for n in case.spatial)):
+        per_axis = [
+            axis_neighbors(x, n, w, s, d, c)
+            for x, n, w, s, d, c in zip(
+                token, case.spatial, spec.window, spec.stride, spec.dilation, spec.is_causal, strict=True
+            )
+        ]
+        table.append(
+            [-1 if None in slot else np.ravel_multi_index(slot, case.spatial) for slot in itertools.product(*per_axis)]
+        )
+    return np.array(table)
+
+
+def products(case: Case, weights, query, key) -> dict[str, np.ndarray]:
+    """The three products in float64 of ``weights [B, *S, H, W]``, ``query [B, *S, H, D]``, ``key [B, *S, Hkv, D]``."""
+    weights, query, key = (np.asarray(x, np.float64) for x in (weights, query, key))
+    batch, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
+    tokens, head = len(key_table(case)), np.arange(heads) // (heads // kv_heads)
+    table, inside = key_table(case), key_table(case) >= 0
+    p = np.where(inside[:, None], weights.reshape(batch, tokens, heads, -1), 0.0)
+    x, y = query.reshape(batch, tokens, heads, -1), key.reshape(batch, tokens, kv_heads, -1)
+    gathered = y[:, table][..., head, :]  # [B, N, W, H, D]
+    result = np.zeros((batch, tokens, heads, y.shape[-1]))
+    for slot in range(table.shape[1]):  # a slot's keys may repeat among queries: add.at
+        seen = inside[:, slot]
+        np.add.at(result, (slice(None), table[seen, slot]), p[..., slot, None][:, seen] * x[:, seen])
+    result = result.reshape(batch, tokens, kv_heads, heads // kv_heads, -1).sum(3)
+    return {
+        "pointwise": np.where(inside[:, None], np.einsum("bnhd,bnwhd->bnhw", x, gathered), 0.0).reshape(weights.shape),
+        "neighborhood": np.einsum("bnhw,bnwhd->bnhd", p, gathered).reshape(query.shape),
+        "inverse": result.reshape(key.shape),
+    }
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def window_arguments(case: Case) -> dict:
+    arguments = case.arguments()
+    del arguments["scale"]
+    return arguments
+
+
+def operands(case: Case, dtype, seed=0):
+    """Random weights, query and key (the value is drawn like the key)."""
+    rng = np.random.default_rng(seed)
+    rows = (case.batch, *case.spatial, case.heads)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    return draw(*rows, case.spec().volume), draw(*rows, case.dim), draw(case.batch, *case.spatial, case.kv_heads, case.dim)
+
+
+def check(case: Case, implementation: str, dtype) -> None:
+    """qk and av and all their gradients, with full-size cotangents."""
+    weights, query, key = operands(case, dtype)
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    arguments = {**window_arguments(case), "implementation": implementation}
+
+    @jax.jit
+    def run(weights, query, key):
+        scores, qk_vjp = jax.vjp(lambda q, k: jax_na.na_qk(q, k, scale=case.scale, **arguments), query, key)
+        out, av_vjp = jax.vjp(lambda p, v: jax_na.na_av(p, v, **arguments), weights, key)
+        return scores, qk_vjp(weights), out, av_vjp(query)
+
+    scores, (grad_query, grad_key), out, (grad_weights, grad_value) = run(weights, query, key)
+    truth = products(case, weights, query, key)
+    outside = (key_table(case) < 0).reshape(*case.spatial, 1, -1)
+    assert np.array_equal(np.isneginf(np.asarray(scores, np.float64)), np.broadcast_to(outside, scores.shape))
+    pairs = {
+        "scores": (jnp.where(outside, 0, scores), scale * truth["pointwise"]),
+        "grad_query": (grad_query, scale * truth["neighborhood"]),
+        "grad_key": (grad_key, scale * truth["inverse"]),
+        "out": (out, truth["neighborhood"]),
+        "grad_weights": (grad_weights, truth["pointwise"]),
+        "grad_value": (grad_value, truth["inverse"]),
+    }
+    limit = tolerance(dtype, implementation)
+    for name, (actual, expected) in pairs.items():
+        assert actual.dtype == jnp.dtype(dtype), name
+        assert relative_error(actual, expected) <= limit, (name, relative_error(actual, expected))
+    assert not np.any(np.where(outside, np.asarray(grad_weights, np.float64), 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float32(case, implementation):
+    check(case, implementation, jnp.float32)
+
+
+@pytest.mark.parametrize("case", SHORT, ids=lambda case: case.name)
+def test_reference(case):
+    check(case, "reference", jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["1d-causal", "2d-stride-dilated-causal", "3d-dilated"])
+def test_half(name, dtype, implementation):
+    check(BY_NAME[name], implementation, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", CUDA)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_half_on_gpu(case, dtype, implementation):
+    check(case, implementation, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_fuzz(implementation):
+    for seed in range(100 if implementation.startswith("cuda") else 5):
+        check(random_case(seed, max_tokens=300), implementation, jnp.float32)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        check(BY_NAME["2d-stride-dilated-causal"], "xla", jnp.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", CUDA)
+def test_highest_precision(implementation):
+    """precision=HIGHEST multiplies float32 operands in full."""
+    case = BY_NAME["2d-d64"]
+    weights, query, key = operands(case, jnp.float32)
+    arguments = {**window_arguments(case), "implementation": implementation, "precision": "highest"}
+    truth = products(case, weights, query, key)
+    assert relative_error(jax_na.na_qk(query, key, scale=1.0, **arguments), truth["pointwise"]) < 3e-6
+    assert relative_error(jax_na.na_av(weights, key, **arguments), truth["neighborhood"]) < 3e-6
+
+
+# --- what the mask hides ---------------------------------------------------------------------------------------------
+
+
+@over_implementations
+def test_weights_outside_the_causal_mask_are_ignored(implementation):
+    case = BY_NAME["2d-stride-dilated-causal"]
+    weights, query, key = operands(case, jnp.float32)
+    outside = (key_table(case) < 0).reshape(*case.spatial, 1, -1)
+    arguments = {**window_arguments(case), "implementation": implementation}
+
+    def run(weights):
+        out, vjp = jax.vjp(lambda p, v: jax_na.na_av(p, v, **arguments), weights, key)
+        return out, *vjp(query)
+
+    clean = run(jnp.where(outside, 0.0, weights))
+    for poison in (jnp.nan, -jnp.inf, 1e30):
+        for expected, actual in zip(clean, run(jnp.where(outside, poison, weights)), strict=True):
+            assert np.array_equal(expected, actual)
+
+
+@over_implementations
+def test_tokens_outside_the_window_do_not_reach_the_scores(implementation):
+    case = BY_NAME["2d-stride"]
+    _, query, key = operands(case, jnp.float32)
+    arguments = {**window_arguments(case), "implementation": implementation}
+    poisoned = key.at[:, 0, 0].set(jnp.nan)
+    sees = (key_table(case) == 0).any(1).reshape(*case.spatial)
+    scores = np.asarray(jax_na.na_qk(query, poisoned, **arguments))
+    assert np.isnan(scores[0][sees]).any(-1).all() and np.isfinite(scores[0][~sees]).all()
+    assert sees.sum() < sees.size
+
+
+# --- transformations -------------------------------------------------------------------------------------------------
+
+SMALL = Case("small", (5, 6), (3, 2), stride=(1, 2), dilation=(1, 2), is_causal=(True, False), heads=4, kv_heads=2, dim=4)
+
+
+@over_implementations
+def test_forward_mode_and_second_derivatives(implementation):
+    weights, query, key = operands(SMALL, jnp.float32)
+    arguments = {**window_arguments(SMALL), "implementation": implementation}
+    outside = (key_table(SMALL) < 0).reshape(*SMALL.spatial, 1, -1)
+
+    def qk(q, k):
+        return jnp.where(outside, 0.0, jax_na.na_qk(q, k, **arguments))
+
+    def av(p, v):
+        return jax_na.na_av(p, v, **arguments)
+
+    eps = 1e-2 if implementation.startswith("cuda") else 1e-3
+    check = functools.partial(check_grads, order=2, modes=("fwd", "rev"), eps=1.0, atol=eps, rtol=eps)
+    check(qk, (query, key))
+    check(av, (weights, key))
+
+
+@over_implementations
+def test_hessian(implementation):
+    """The hessian of a bilinear form holds the form itself off its diagonal and nothing on it."""
+    case = Case("tiny", (4,), 3, heads=1, kv_heads=1, dim=2)
+    weights, query, key = operands(case, jnp.float32)
+    arguments = {**window_arguments(case), "implementation": implementation, "scale": 1.0}
+
+    def energy(qk):
+        return jnp.sum(weights * jax_na.na_qk(qk[0], qk[1], **arguments))
+
+    hessian = np.asarray(jax.hessian(energy)(jnp.stack([query, key]))).reshape(2, 8, 2, 8)
+    table, expected = key_table(case), np.zeros((4, 2, 4, 2))
+    for q, w in itertools.product(range(4), range(3)):
+        expected[q, [0, 1], table[q, w], [0, 1]] += weights[0, q, 0, w]
+    limit = tolerance(jnp.float32, implementation)
+    np.testing.assert_allclose(hessian[0, :, 1], expected.reshape(8, 8), atol=limit, rtol=limit)
+    np.testing.assert_allclose(hessian[1, :, 0], expected.reshape(8, 8).T, atol=limit, rtol=limit)
+    assert not hessian[0, :, 0].any() and not hessian[1, :, 1].any()
+
+
+@over_implementations
+@pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, 2), (-1, 0)], ids=str)
+def test_vmap(axes, implementation):
+    arguments = {**window_arguments(SMALL), "implementation": implementation}
+    draws = [operands(SMALL, jnp.float32, seed) for seed in range(3)]
+    mapped = [jnp.stack([d[i] for d in draws], 0) for i in range(3)]
+
+    def place(i, axis):
+        return draws[0][i] if axis is None else jnp.moveaxis(mapped[i], 0, axis)
+
+    def pick(i, axis, n):
+        return draws[0 if axis is None else n][i]
+
+    for function, (a, b) in {
+        lambda q, k: jax_na.na_qk(q, k, **arguments): (1, 2),
+        lambda p, v: jax_na.na_av(p, v, **arguments): (0, 2),
+        jax.grad(lambda p, v: jnp.sum(jax_na.na_av(p, v, **arguments) ** 2), (0, 1)): (0, 2),
+    }.items():
+        actual = jax.vmap(function, axes)(place(a, axes[0]), place(b, axes[1]))
+        for n in range(3):
+            expected = function(pick(a, axes[0], n), pick(b, axes[1], n))
+            for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+                finite = jnp.isfinite(y)
+                limit = 10 * tolerance(jnp.float32, implementation)
+                np.testing.assert_allclose(
+                    jnp.where(finite, x[n], 0), jnp.where(finite, y, 0), rtol=limit, atol=limit
+                )
+
+
+def test_jit_remat_and_zero_batch():
+    weights, query, key = operands(SMALL, jnp.float32)
+    arguments = window_arguments(SMALL)
+    loss = jax.checkpoint(lambda p, v: jnp.sum(jnp.sin(jax_na.na_av(p, v, **arguments))))
+    expected = jax.grad(lambda p: jnp.sum(jnp.sin(jax_na.na_av(p, key, **arguments))))(weights)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(weights, key), expected, rtol=1e-5, atol=1e-6)
+    assert jax_na.na_qk(query[:0], key[:0], **arguments).shape == (0, *weights.shape[1:])
+    assert jax_na.na_av(weights[:0], key[:0], **arguments).shape == (0, *query.shape[1:])
+
+
+# --- the composed attention ------------------------------------------------------------------------------------------
+
+UNFUSED = [pytest.param("xla_unfused")] + [
+    pytest.param(name, marks=pytest.mark.gpu) for name in _backends.IMPLEMENTATIONS if name == "cuda_gemm"
+]
+COMPOSED = ("1d-causal-stride", "1d-extra", "2d-nat", "2d-extra-bias", "2d-stride-dilated-causal", "2d-mqa-dv", "3d-bias-extra")
+
+
+def attend(inputs: Inputs, case: Case, **arguments):
+    return jax_na.neighborhood_attention(
+        *inputs[:3],
+        bias=inputs.bias,
+        additional_keys=inputs.extra_key,
+        additional_values=inputs.extra_value,
+        return_lse=True,
+        **case.arguments(),
+        **arguments,
+    )
+
+
+def compare(actual, expected, limit):
+    leaves = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    errors = [relative_error(a, b) for a, b in leaves]
+    assert max(errors) <= limit, errors
+
+
+@pytest.mark.parametrize("implementation", UNFUSED)
+@pytest.mark.parametrize("name", COMPOSED)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["fp32", "bf16"])
+def test_composed_attention_agrees_with_the_definition(name, dtype, implementation):
+    case = BY_NAME[name]
+    inputs = jax.tree.map(jnp.asarray, case.inputs(dtype))
+    cotangents = jax.tree.map(jnp.asarray, case.cotangents(dtype))
+
+    def run(inputs, **arguments):
+        values, vjp = jax.vjp(lambda x: attend(x, case, **arguments), inputs)
+        return values, vjp(cotangents)[0]
+
+    actual = jax.jit(lambda x: run(x, implementation=implementation))(inputs)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    expected = jax.vjp(lambda x: attend(x, case, implementation="reference"), exact)
+    expected = expected[0], expected[1](tuple(c.astype(jnp.float32) for c in cotangents))[0]
+    on_cuda = implementation.startswith("cuda")
+    compare(actual, expected, {"float32": 5e-3 if on_cuda else 2e-5, "bfloat16": 4e-2}[str(jnp.dtype(dtype))])
+
+
+@over_implementations
+@pytest.mark.parametrize("name", COMPOSED)
+def test_return_weights(name, implementation):
+    """The weights are the softmax over the window (and additional keys), and differentiate like everything else."""
+    case = BY_NAME[name]
+    inputs = jax.tree.map(jnp.asarray, case.inputs(jnp.float32))
+    limit = 5e-3 if implementation == "cuda_gemm" else 2e-5
+
+    @jax.jit
+    def run(inputs):
+        def loss(x):
+            out, lse, weights = attend(x, case, implementation=implementation, return_weights=True)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), (out, lse, weights)
+
+        return jax.grad(loss, has_aux=True)(inputs)
+
+    def expected_loss(x):
+        out, lse = attend(x, case, implementation="reference")
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)), (out, lse)
+
+    grads, (out, lse, weights) = run(inputs)
+    expected_grads, expected = jax.grad(expected_loss, has_aux=True)(inputs)
+    compare((grads, out, lse), (expected_grads, *expected), limit)
+    bias = None if inputs.bias is None else inputs.bias
+    scores = jax_na.na_qk(*inputs[:2], bias=bias, implementation="reference", **case.arguments())
+    compare(weights, jnp.exp(scores - expected[1][..., None]), limit)
+    if inputs.extra_key is None:
+        np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_weights_gradient_is_the_softmax_derivative():
+    """A loss on the weights themselves differentiates through the softmax."""
+    case = Case("tiny", (6,), 3, is_causal=True, dim=4)
+    inputs = jax.tree.map(jnp.asarray, case.inputs(jnp.float32))
+
+    def entropy(query):
+        weights = jax_na.neighborhood_attention(
+            query, inputs.key, inputs.value, 3, is_causal=True, return_weights=True
+        )[1]
+        return jnp.sum(weights**2)
+
+    check_grads(entropy, (inputs.query,), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument_and_the_limit():
+    x = jnp.zeros((2, 8, 9, 4, 16))
+    p = jnp.zeros((2, 8, 9, 4, 9))
+    with pytest.raises(ValueError, match="weights has shape .* expected 15 entries on the last axis"):
+        jax_na.na_av(p, x, (3, 5))
+    with pytest.raises(ValueError, match=r"value has shape .* expected \(2, 8, 9, 4, 16\)"):
+        jax_na.na_av(p, x[:, :-1], 3)
+    with pytest.raises(ValueError, match="key has shape .* spatial axes"):
+        jax_na.na_qk(x, x[:, 0], 3)
+    with pytest.raises(ValueError, match="number of query heads must be a multiple"):
+        jax_na.na_qk(x, x[..., :3, :], 3)
+    with pytest.raises(TypeError, match="value has dtype bfloat16, weights has float32"):
+        jax_na.na_av(p, x.astype(jnp.bfloat16), 3)
+    with pytest.raises(ValueError, match="odd window_size"):
+        jax_na.na_qk(x, x, 4, bias=jnp.zeros((4, 7, 7)))
+    with pytest.raises(ValueError, match="implementation='nonsense' is unknown"):
+        jax_na.na_qk(x, x, 3, implementation="nonsense")
+    with pytest.raises(NotImplementedError, match="'xla_unfused' does not have the attention weights"):
+        jax_na.na_qk(x, x, 3, implementation="xla_unfused")
+    with pytest.raises(ValueError, match=r"window_size=9 \* dilation=1 = 9 on spatial axis 0"):
+        jax_na.na_qk(x, x, 9)
+
+
+def test_weights_too_large_for_the_limit(monkeypatch):
+    x = jax.ShapeDtypeStruct((4, 128, 128, 16, 64), jnp.bfloat16)
+    needed = 4 * 128 * 128 * 16 * 1024 * 2
+    for call in (
+        lambda x, **limit: jax_na.na_qk(x, x, 32, **limit),
+        lambda x, **limit: jax_na.neighborhood_attention(x, x, x, 32, return_weights=True, **limit),
+        lambda x, **limit: jax_na.neighborhood_attention(x, x, x, 32, implementation="xla_unfused", **limit),
+    ):
+        jax.eval_shape(call, x)
+        with pytest.raises(ValueError, match=f"take {needed} bytes, more than max_weights_bytes={needed - 1}"):
+            jax.eval_shape(functools.partial(call, max_weights_bytes=needed - 1), x)
+        monkeypatch.setattr(_unfused, "MAX_WEIGHTS_BYTES", 1000)
+        with pytest.raises(ValueError, match="max_weights_bytes=1000"):
+            jax.eval_shape(functools.partial(call), x)
+        jax.eval_shape(functools.partial(call, max_weights_bytes=needed), x)
+        monkeypatch.undo()
