@@ -72,12 +72,7 @@ PRODUCTS: dict[str, Products] = {}
 
 
 def register(products: Products) -> None:
-    """Add an implementation; those that run on some platforms only go before the ones that run everywhere."""
-    everywhere = {name: other for name, other in PRODUCTS.items() if other.platforms is None}
-    for name in everywhere:
-        del PRODUCTS[name]
     PRODUCTS[products.name] = products
-    PRODUCTS.update(everywhere)
 
 
 def _serves(spec: Spec, dtype: Any, dim: int) -> str | None:
@@ -348,7 +343,8 @@ def attention(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array, Ar
 
 def _split_heads(spec: Spec, array: Array, kv_heads: int) -> Array:
     """``[*B, *Sq, H, X]`` to ``[*B, Nq, Hkv, H / Hkv, X]``."""
-    return array.reshape(*spec.lead(array), -1, kv_heads, array.shape[-2] // kv_heads, array.shape[-1])
+    tokens = math.prod(spec.spatial(array))
+    return array.reshape(*spec.lead(array), tokens, kv_heads, array.shape[-2] // kv_heads, array.shape[-1])
 
 
 # --- as an implementation of neighborhood_attention ------------------------------------------------------------------

@@ -67,12 +67,13 @@ def _setup(spec: Spec, per_query: Array, per_key_shape: tuple[int, ...], halo: A
 
 def _per_query(spec: Spec, array: Array, kv_heads: int) -> Array:
     """``[*B, *Sq, H, X]`` to ``[*B, Nq, Hkv, H / Hkv, X]``."""
-    return array.reshape(*spec.lead(array), -1, kv_heads, array.shape[-2] // kv_heads, array.shape[-1])
+    tokens = math.prod(spec.spatial(array))
+    return array.reshape(*spec.lead(array), tokens, kv_heads, array.shape[-2] // kv_heads, array.shape[-1])
 
 
 def _per_slot(spec: Spec, array: Array, index: Array) -> Array:
     """``[*B, *Sk, Hkv, X]`` gathered to ``[*B, Nq, W, Hkv, X]``; zero where a slot holds no key."""
-    flat = array.reshape(*spec.lead(array), -1, *array.shape[-2:])
+    flat = array.reshape(*spec.lead(array), math.prod(spec.spatial(array)), *array.shape[-2:])
     return jnp.take(flat, index, axis=-3, mode="fill", fill_value=0)
 
 

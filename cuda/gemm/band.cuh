@@ -1,0 +1,77 @@
+// From the weights to a tile in shared memory: the gather that neighborhood and inverse share, and their epilogue.
+#pragma once
+
+#include "gemm/element.cuh"
+#include "gemm/tile.cuh"
+
+namespace jax_na::gemm {
+
+// The two columns of a lane: packed key with guard bits, and its place in the window's enumeration.
+struct LaneKeys {
+  uint32_t key[2];
+  int32_t slot[2];
+
+  __device__ __forceinline__ void set(const Params& params, int i, bool exists, const int32_t (&x)[kMaxRank]) {
+    key[i] = (exists ? pack(params, x[0], x[1], x[2]) : params.nowhere) + params.guard;
+    slot[i] = linear(params, x[0], x[1], x[2]);
+  }
+};
+
+// Sixteen rows of 64 columns: element (r, column) is the weight that query `rows[r]` gives the key of the column, or zero.
+// PERF: eight rows are loaded before any is stored, so that sixteen loads a lane are under way.
+template <typename T>
+__device__ __forceinline__ void gather_rows(const Params& params, const T* weights, const Row* rows, const LaneKeys& keys,
+                                            unsigned char* to, int stride, int lane) {
+  const Bits<T>* const from = reinterpret_cast<const Bits<T>*>(weights);
+  constexpr int kBatch = 8;
+#pragma unroll
+  for (int first = 0; first < kWarpRows; first += kBatch) {
+    Bits<T> value[kBatch][2];
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r) {
+      const Row row = rows[first + r];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        value[r][i] = 0;
+        if (fields_inside(keys.key[i], row.first, row.last, params.guard)) {
+          value[r][i] = __ldg(from + row.base + keys.slot[i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        *reinterpret_cast<Bits<T>*>(to + (first + r) * stride + (lane + 32 * i) * sizeof(T)) = value[r][i];
+      }
+    }
+  }
+}
+
+// Accumulators of a warp's 16 rows to `out + token * token_stride`, columns [column, column + 8 * kTiles) below `dim`.
+template <typename T, int kTiles>
+__device__ __forceinline__ void store_rows(const Params& params, const float (&c)[kTiles][4], T* out, int64_t token_stride,
+                                           const int32_t* tokens, int column, int dim, int lane) {
+  const int g = lane / 4, q = lane % 4;
+  const float scale = params.problem.scale;
+  const bool paired = dim % 2 == 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int32_t token = tokens[g + 8 * half];
+    if (token < 0) continue;
+    T* const row = out + token * token_stride;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int d = column + n * 8 + 2 * q;
+      const Pair<T> pair = make_pair_of<T>(c[n][2 * half] * scale, c[n][2 * half + 1] * scale);
+      if (paired && d < dim) {
+        *reinterpret_cast<Pair<T>*>(row + d) = pair;
+      } else {
+        if (d < dim) row[d] = pair.low;
+        if (d + 1 < dim) row[d + 1] = pair.high;
+      }
+    }
+  }
+}
+
+}  // namespace jax_na::gemm
