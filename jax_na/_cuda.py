@@ -29,10 +29,13 @@ Array = Any
 
 FORWARD_TARGET = "jax_na_forward"
 BACKWARD_TARGET = "jax_na_backward"
+PRODUCT_TARGET = "jax_na_product"  # the unfused products: _cuda_products.py
 DTYPES = ("float16", "bfloat16", "float32")
 
 # Pass as ``disabled_checks`` to ``jax.export.export``: jax does not know these custom calls to be stable.
-EXPORT_SAFETY_CHECKS = tuple(export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD_TARGET, BACKWARD_TARGET))
+EXPORT_SAFETY_CHECKS = tuple(
+    export.DisabledSafetyCheck.custom_call(name) for name in (FORWARD_TARGET, BACKWARD_TARGET, PRODUCT_TARGET)
+)
 
 
 # --- the extension ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_na import _unfused_definition, _unfused_xla
+from jax_na import _cuda, _cuda_products, _unfused_definition, _unfused_xla
 from jax_na._jax_internals import apply_primitive
 from jax_na._spec import Inputs, Spec, accumulation_dtype
 
@@ -79,6 +79,11 @@ def _serves(spec: Spec, dtype: Any, dim: int) -> str | None:
     return None
 
 
+for _family in ("gemm", "naive"):
+    _bound: list[Any] = [
+        functools.partial(f, _family) for f in (_cuda_products.pointwise, _cuda_products.neighborhood, _cuda_products.inverse)
+    ]
+    register(Products(f"cuda_{_family}", ("cuda",), _cuda_products.why_not, *_bound))
 register(Products("xla", None, _serves, _unfused_xla.pointwise, _unfused_xla.neighborhood, _unfused_xla.inverse))
 register(
     Products(
@@ -102,10 +107,16 @@ def choose(platform: str | None, spec: Spec, dtype: Any, dim: int) -> Products:
                 f"return_weights expected None or one of {', '.join(PRODUCTS)}"
             )
         reason = PRODUCTS[name].why_not_on(platform, spec, dtype, dim)
+        if reason is None and platform == "cuda" and PRODUCTS[name].platforms is not None:
+            reason = _cuda.missing_here()  # without a GPU here this is lowered for another machine, which may have the lane
         if reason is not None:
             raise NotImplementedError(f"implementation={name!r} cannot serve this call: {reason}")
         return PRODUCTS[name]
-    return next(p for p in PRODUCTS.values() if p.why_not_on(platform, spec, dtype, dim) is None)
+    for products in PRODUCTS.values():
+        lane_missing = platform == "cuda" and products.platforms is not None and _cuda.lane().missing is not None
+        if not lane_missing and products.why_not_on(platform, spec, dtype, dim) is None:
+            return products
+    raise AssertionError("the XLA implementation serves every call")
 
 
 def choose_both(spec: Spec, inputs: Inputs) -> None:
@@ -122,7 +133,7 @@ environment variable ``JAX_NA_MAX_WEIGHTS_BYTES`` before import."""
 
 
 # Implementations of neighborhood_attention (names in _backends.IMPLEMENTATIONS) that keep the weights in memory.
-STORES_WEIGHTS = {"xla_unfused": "xla"}  # name there: name in PRODUCTS
+STORES_WEIGHTS = {"cuda_gemm": "cuda_gemm", "xla_unfused": "xla"}  # name there: name in PRODUCTS
 
 
 def check_memory(spec: Spec, query: Array, limit: int | None) -> None:

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 import jax_na
-from jax_na import _backends, _cuda, _definition, _extras
+from jax_na import _backends, _cuda, _definition, _extras, _unfused
 from jax_na._spec import Inputs
 from jax_na.testing import oracle
 from jax_na.testing.cases import CASES, Case
 from jax_na.testing.numerics import relative_error
 
 AVAILABLE = _cuda.Lane(None, tuple(family.name for family in _cuda.FAMILIES))
-NAMED = [name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda")]
+NAMED = [
+    name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda") and name not in _unfused.STORES_WEIGHTS
+]
 
 
 def lower(

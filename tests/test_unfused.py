@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -392,6 +393,38 @@ def test_weights_gradient_is_the_softmax_derivative():
         return jnp.sum(weights**2)
 
     check_grads(entropy, (inputs.query,), order=1, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+
+
+# --- CUDA, as far as a machine without a GPU sees it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ["cuda_gemm", "cuda_naive"])
+def test_each_product_is_one_custom_call(implementation):
+    """Forward is one call per operation, the gradient of each is the two other products; nothing of K or V is expanded."""
+    x = jax.ShapeDtypeStruct((2, 16, 20, 4, 64), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 16, 20, 2, 64), jnp.bfloat16)
+
+    def calls(function, *shapes):
+        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert f'family = "{implementation.removeprefix("cuda_")}"' in text
+        return [int(n) for n in re.findall(r"custom_call @jax_na_product.*?product = (\d) : i64", text)]
+
+    def qk(q, k):
+        return jax_na.na_qk(q, k, (7, 5), dilation=(1, 3), implementation=implementation)
+
+    def av(p, v):
+        return jax_na.na_av(p, v, (7, 5), dilation=(1, 3), implementation=implementation)
+
+    weights = jax.eval_shape(qk, x, kv)
+    assert calls(qk, x, kv) == [0] and calls(av, weights, kv) == [1]
+    gradient = jax.grad(lambda f, *args: jnp.sum(f(*args).astype(jnp.float32)), argnums=(1, 2))
+    assert sorted(calls(functools.partial(gradient, qk), x, kv)) == [1, 2]
+    assert sorted(calls(functools.partial(gradient, av), weights, kv)) == [0, 2]
+
+
+def test_float64_is_not_served_by_cuda():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="serve float16, bfloat16, float32"):
+        jax_na.na_qk(jnp.zeros((1, 8, 1, 4), jnp.float64), jnp.zeros((1, 8, 1, 4), jnp.float64), 3, implementation="cuda_gemm")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

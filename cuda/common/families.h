@@ -18,7 +18,7 @@ namespace jax_na {
 JAX_NA_DECLARE_FAMILY(naive)   // direct kernels: any GPU from SM 8.0, every dtype and head dimension
 JAX_NA_DECLARE_FAMILY(fused)   // tiles on mma.sync: any GPU from SM 8.0
 JAX_NA_DECLARE_FAMILY(hopper)  // tiles on TMA and wgmma: SM 9.0
-JAX_NA_DECLARE_FAMILY(gemm)
+// The unfused products, families naive and gemm, have an entry point of their own: product.h.
 
 #undef JAX_NA_DECLARE_FAMILY
 

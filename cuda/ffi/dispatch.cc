@@ -25,9 +25,6 @@ const std::vector<Family>& families() {
 #ifdef JAX_NA_WITH_FUSED
       {"fused", 80, false, fused::forward, fused::backward},
 #endif
-#ifdef JAX_NA_WITH_GEMM
-      {"gemm", 80, false, gemm::forward, gemm::backward},
-#endif
 #ifdef JAX_NA_WITH_NAIVE
       {"naive", 80, false, naive::forward, naive::backward},
 #endif

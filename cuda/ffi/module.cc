@@ -19,6 +19,7 @@ NB_MODULE(_cuda_kernels, module) {
         nb::dict targets;
         targets["jax_na_forward"] = nb::capsule(reinterpret_cast<void*>(jax_na::forward_handler));
         targets["jax_na_backward"] = nb::capsule(reinterpret_cast<void*>(jax_na::backward_handler));
+        targets["jax_na_product"] = nb::capsule(reinterpret_cast<void*>(jax_na::product_handler));
         return targets;
       },
       "Custom-call target names and handlers.");

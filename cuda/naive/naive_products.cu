@@ -67,11 +67,20 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t at = key_in_slot(problem, window_of(problem, halo, token), static_cast<int32_t>(slot));
     float score = 0.0f;
     if (at >= 0) {
-      const T* k = row_of(key, batch, kv_tokens, at, problem.kv_heads, head / (problem.heads / problem.kv_heads), problem.dim);
-      score = problem.scale * dot(query + row * problem.dim, k, problem.dim, aligned);
+      const int32_t kv_head = head / (problem.heads / problem.kv_heads);
+      const Rows<const T> keys(key, batch, kv_tokens, problem.kv_heads, kv_head, problem.dim);
+      score = problem.scale * dot(query + row * problem.dim, keys[at], problem.dim, aligned);
     }
     weights[index] = from_float<T>(score);
   }
+}
+
+// Slot of the cell `index` of a query's box of visible keys: they fill the front of the window on each axis.
+__device__ inline int32_t slot_of_cell(const Problem& problem, const Box& box, int32_t index) {
+  const int32_t c2 = index % box.axis[2].count;
+  index /= box.axis[2].count;
+  const int32_t c1 = index % box.axis[1].count, c0 = index / box.axis[1].count;
+  return (c0 * problem.axis[1].window + c1) * problem.axis[2].window + c2;
 }
 
 template <typename T>
@@ -85,24 +94,25 @@ __global__ void __launch_bounds__(kThreads)
     const Unit unit(index, q_tokens, problem.heads, chunks);
     const int32_t kv_head = unit.head / (problem.heads / problem.kv_heads);
     const Columns columns(unit.chunk, lane, problem.dim);
-    const Window window = window_of(problem, halo, unit.token);
-    const T* p = row_of(weights, unit.batch, q_tokens, unit.token, problem.heads, unit.head, volume);
+    const Box box = keys_of(problem, halo, unit.token);
+    const T* p = Rows<const T>(weights, unit.batch, q_tokens, problem.heads, unit.head, volume)[unit.token];
+    const Rows<const T> keys(key, unit.batch, kv_tokens, problem.kv_heads, kv_head, problem.dim);
     float sum[kColumnsPerLane] = {};
-    for (int32_t base = 0; base < volume; base += kWarp) {
-      int64_t at = -1;
+    for (int32_t base = 0; base < box.volume; base += kWarp) {
+      int32_t token = 0;
       float weight = 0.0f;
-      if (base + lane < volume) {
-        at = key_in_slot(problem, window, base + lane);
-        if (at >= 0) weight = to_float(p[base + lane]);
+      if (base + lane < box.volume) {
+        token = box.cell(base + lane, problem).token;
+        weight = to_float(p[slot_of_cell(problem, box, base + lane)]);
       }
-      const int32_t count = min(kWarp, volume - base);
+      const int32_t count = min(kWarp, box.volume - base);
+#pragma unroll 8
       for (int32_t j = 0; j < count; ++j) {
-        const int64_t token = __shfl_sync(kFullMask, static_cast<long long>(at), j);
-        const float factor = __shfl_sync(kFullMask, weight, j);
-        if (token >= 0) columns.add(sum, factor, row_of(key, unit.batch, kv_tokens, token, problem.kv_heads, kv_head, problem.dim));
+        columns.add(sum, __shfl_sync(kFullMask, weight, j), keys[__shfl_sync(kFullMask, token, j)]);
       }
     }
-    columns.store(row_of(out, unit.batch, q_tokens, unit.token, problem.heads, unit.head, problem.dim), sum, problem.scale);
+    T* row = Rows<T>(out, unit.batch, q_tokens, problem.heads, unit.head, problem.dim)[unit.token];
+    columns.store(row, sum, problem.scale);
   }
 }
 
@@ -120,33 +130,33 @@ __global__ void __launch_bounds__(kThreads)
     float sum[kColumnsPerLane] = {};
     for (int32_t member = 0; member < group; ++member) {
       const int32_t head = unit.head * group + member;
+      const Rows<const T> queries(query, unit.batch, q_tokens, problem.heads, head, problem.dim);
+      const Rows<const T> rows(weights, unit.batch, q_tokens, problem.heads, head, volume);
       for (int32_t base = 0; base < box.volume; base += kWarp) {
-        int64_t at = 0;
+        int32_t token = 0;
         float weight = 0.0f;
         if (base + lane < box.volume) {
-          at = box.cell(base + lane, problem).token;
-          const Window window = window_of(problem, halo, at);
-          int64_t rest = unit.token, scale = 1;
-          int32_t slot = 0;
+          token = box.cell(base + lane, problem).token;
+          const Window window = window_of(problem, halo, token);
+          int32_t rest = static_cast<int32_t>(unit.token), slot = 0, slots = 1;
 #pragma unroll
           for (int a = kMaxRank - 1; a >= 0; --a) {
             const Axis& axis = problem.axis[a];
-            const int32_t position = static_cast<int32_t>(rest % axis.kv_len);
+            slot += slots * ((rest % axis.kv_len - window.origin[a]) / axis.dilation);
             rest /= axis.kv_len;
-            slot += static_cast<int32_t>(scale) * ((position - window.origin[a]) / axis.dilation);
-            scale *= axis.window;
+            slots *= axis.window;
           }
-          weight = to_float(row_of(weights, unit.batch, q_tokens, at, problem.heads, head, volume)[slot]);
+          weight = to_float(rows[token][slot]);
         }
         const int32_t count = min(kWarp, box.volume - base);
+#pragma unroll 8
         for (int32_t j = 0; j < count; ++j) {
-          const int64_t token = __shfl_sync(kFullMask, static_cast<long long>(at), j);
-          const float factor = __shfl_sync(kFullMask, weight, j);
-          columns.add(sum, factor, row_of(query, unit.batch, q_tokens, token, problem.heads, head, problem.dim));
+          columns.add(sum, __shfl_sync(kFullMask, weight, j), queries[__shfl_sync(kFullMask, token, j)]);
         }
       }
     }
-    columns.store(row_of(out, unit.batch, kv_tokens, unit.token, problem.kv_heads, unit.head, problem.dim), sum, problem.scale);
+    T* row = Rows<T>(out, unit.batch, kv_tokens, problem.kv_heads, unit.head, problem.dim)[unit.token];
+    columns.store(row, sum, problem.scale);
   }
 }
 
