@@ -81,7 +81,8 @@ def _serves(spec: Spec, dtype: Any, dim: int) -> str | None:
 
 for _family in ("gemm", "naive"):
     _bound: list[Any] = [
-        functools.partial(f, _family) for f in (_cuda_products.pointwise, _cuda_products.neighborhood, _cuda_products.inverse)
+        functools.partial(f, _family)
+        for f in (_cuda_products.pointwise, _cuda_products.neighborhood, _cuda_products.inverse)
     ]
     register(Products(f"cuda_{_family}", ("cuda",), _cuda_products.why_not, *_bound))
 register(Products("xla", None, _serves, _unfused_xla.pointwise, _unfused_xla.neighborhood, _unfused_xla.inverse))
@@ -206,8 +207,7 @@ def _jvp(primitive: Primitive, primals: Sequence[Array], tangents: Sequence[Any]
     if not isinstance(db, ad.Zero):
         terms += primitive.bind(a, db, halo, **params)
     out = primitive.bind(a, b, halo, **params)
-    tangent = functools.reduce(jnp.add, terms) if terms else ad.Zero.from_primal_value(out[0])
-    return out, [tangent]
+    return out, [functools.reduce(jnp.add, terms) if terms else jnp.zeros_like(out[0])]
 
 
 # Transposes. Each product is linear in either operand; the one that is undefined gets the cotangent.
@@ -403,6 +403,4 @@ def backward(
     grad_query = (grad_query.astype(acc) + from_extra).astype(query.dtype)
     grad_extra_key = dot("...qgrm,...qgrd->...mgd", extra_grad, split(query)).astype(query.dtype)
     grad_extra_value = dot("...qgrm,...qgrd->...mgd", extra_weights.astype(query.dtype), split(grad_out))
-    return Inputs(
-        grad_query, grad_key, grad_value, grad_bias, grad_extra_key, grad_extra_value.astype(query.dtype)
-    )
+    return Inputs(grad_query, grad_key, grad_value, grad_bias, grad_extra_key, grad_extra_value.astype(query.dtype))

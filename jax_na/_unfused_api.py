@@ -57,9 +57,7 @@ def na_qk(
     """
     query, key = jnp.asarray(query), jnp.asarray(key)
     bias = None if bias is None else jnp.asarray(bias)
-    spec = make_spec(
-        query, window_size, stride, dilation, is_causal, scale, precision, implementation, None, shrink_window
-    )
+    spec = make_spec(query, window_size, stride, dilation, is_causal, scale, precision, implementation, None, shrink_window)
     check_dtype("query", query)
     check_dtype("key", key, query)
     _check_per_key("key", key, query, query.shape[-1])

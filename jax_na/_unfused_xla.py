@@ -12,7 +12,6 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -43,7 +42,9 @@ def _band_extent(tile: int, window: int, stride: int, group: int) -> int:
     return min(window + -(-(tile - 1) // stride) * stride, max(group, window))
 
 
-def _choose_tile(spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...], rows: int, dim: int) -> tuple[int, ...]:
+def _choose_tile(
+    spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...], rows: int, dim: int
+) -> tuple[int, ...]:
     """Tile box with the least estimated cost; ``rows`` is batch times query heads."""
     groups = [-(-length // dilation) for length, dilation in zip(query_spatial, spec.dilation, strict=True)]
     options = []
@@ -67,14 +68,17 @@ def _choose_tile(spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[
 class _Tiling:
     """The tiles of one call: how many, and the index tables of the i-th."""
 
-    def __init__(self, spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...], halo: Array, rows: int, dim: int):
+    def __init__(
+        self, spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...], halo: Array, rows: int, dim: int
+    ):
         self.spec, self.query_spatial, self.key_spatial = spec, query_spatial, key_spatial
         self.tile = _choose_tile(spec, query_spatial, key_spatial, rows, dim)
         self.counts = []  # tiles per axis, dilation groups included
         self.tables = []  # per axis: query, key, start, length, each [count, tile or band]
         for axis, tile in enumerate(self.tile):
             query_length, key_length, dilation = query_spatial[axis], key_spatial[axis], spec.dilation[axis]
-            per_group = -(-(-(-query_length // dilation)) // tile)
+            group_length = -(-query_length // dilation)
+            per_group = -(-group_length // tile)
             band = _band_extent(tile, spec.window[axis], spec.stride[axis], -(-key_length // dilation))
             self.counts.append(dilation * per_group)
             # Query t of tile (group, n) is local position group + dilation * (n * tile + t): consecutive group coordinates.

@@ -289,9 +289,7 @@ def test_vmap(axes, implementation):
             for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
                 finite = jnp.isfinite(y)
                 limit = 10 * tolerance(jnp.float32, implementation)
-                np.testing.assert_allclose(
-                    jnp.where(finite, x[n], 0), jnp.where(finite, y, 0), rtol=limit, atol=limit
-                )
+                np.testing.assert_allclose(jnp.where(finite, x[n], 0), jnp.where(finite, y, 0), rtol=limit, atol=limit)
 
 
 def test_jit_remat_and_zero_batch():
@@ -387,9 +385,7 @@ def test_weights_gradient_is_the_softmax_derivative():
 
     @jax.jit
     def entropy(query):
-        weights = jax_na.neighborhood_attention(
-            query, inputs.key, inputs.value, 3, is_causal=True, return_weights=True
-        )[1]
+        weights = jax_na.neighborhood_attention(query, inputs.key, inputs.value, 3, is_causal=True, return_weights=True)[1]
         return jnp.sum(weights**2)
 
     check_grads(entropy, (inputs.query,), order=1, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
@@ -424,7 +420,9 @@ def test_each_product_is_one_custom_call(implementation):
 
 def test_float64_is_not_served_by_cuda():
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="serve float16, bfloat16, float32"):
-        jax_na.na_qk(jnp.zeros((1, 8, 1, 4), jnp.float64), jnp.zeros((1, 8, 1, 4), jnp.float64), 3, implementation="cuda_gemm")
+        jax_na.na_qk(
+            jnp.zeros((1, 8, 1, 4), jnp.float64), jnp.zeros((1, 8, 1, 4), jnp.float64), 3, implementation="cuda_gemm"
+        )
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 // The three products of unfused neighborhood attention, as the FFI handler hands them to a kernel family.
 //
-// All derive from one trilinear form, T = scale * sum over (query q, slot w) of weights[q, w] <per_query[q], per_key[key(q, w)]>,
-// by leaving one of its three tensors out: that one is the result. Slots are row-major from the first key of the window; slots
-// outside a causal mask are zero in a result and ignored in an operand. jax_na/_unfused.py has the whole story.
+// All derive from one trilinear form, T = scale * sum over (query q, slot w) of weights[q, w] <per_query[q], per_key[key(q,
+// w)]>, by leaving one of its three tensors out: that one is the result. Slots are row-major from the first key of the
+// window; slots outside a causal mask are zero in a result and ignored in an operand. jax_na/_unfused.py has the whole
+// story.
 #pragma once
 
 #include <cuda_runtime_api.h>

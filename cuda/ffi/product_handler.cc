@@ -145,8 +145,8 @@ ffi::Error product(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer a, ffi::
 
   const ProductFunction function = find_family(attributes.family);
   if (function == nullptr) {
-    return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                      "jax_na: the unfused products of family " + std::string(attributes.family) + " are not in this build");
+    return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_na: the unfused products of family " +
+                                                          std::string(attributes.family) + " are not in this build");
   }
   if (device.capability < 80) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,

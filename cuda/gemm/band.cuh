@@ -6,6 +6,28 @@
 
 namespace jax_na::gemm {
 
+// Where the products of one chunk are summed: in the running sums themselves, or (kPrecise) apart. Tensor cores truncate as
+// they accumulate, so over thousands of keys a float32 sum would drift; added chunk by chunk, rounded, it does not.
+template <bool kPrecise, int kTiles>
+struct Accumulator {
+  float (&c)[kTiles][4];
+  __device__ __forceinline__ explicit Accumulator(float (&running)[kTiles][4]) : c(running) {}
+  __device__ __forceinline__ void add_to(float (&)[kTiles][4]) const {}
+};
+
+template <int kTiles>
+struct Accumulator<true, kTiles> {
+  float c[kTiles][4] = {};
+  __device__ __forceinline__ explicit Accumulator(float (&)[kTiles][4]) {}
+  __device__ __forceinline__ void add_to(float (&running)[kTiles][4]) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) running[n][i] += c[n][i];
+    }
+  }
+};
+
 // The two columns of a lane: packed key with guard bits, and its place in the window's enumeration.
 struct LaneKeys {
   uint32_t key[2];

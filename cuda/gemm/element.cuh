@@ -1,8 +1,8 @@
 // Element types: fragments out of shared memory and the warp's matrix product, for 16-bit elements and for float32 in TF32.
 //
 // A `Tensor<T, kPrecise>` knows: kStep elements of the reduction axis per instruction; load_a / load_b, from rows that are
-// contiguous along the reduction axis; load_a_transposed / load_b_transposed, from rows that run across it; multiply. Addresses
-// are shared-memory byte addresses of element (0, 0), strides in bytes. Layouts: arch/sm80/matrix.h.
+// contiguous along the reduction axis; load_a_transposed / load_b_transposed, from rows that run across it; multiply.
+// Addresses are shared-memory byte addresses of element (0, 0), strides in bytes. Layouts: arch/sm80/matrix.h.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +17,7 @@ template <typename T, bool kPrecise>
 struct Tensor {
   static_assert(sizeof(T) == 2 && !kPrecise);
   static constexpr int kStep = 16;
-  static constexpr int kPad = 16;            // bytes added to a row: rows of a fragment fall into different banks
+  static constexpr int kPad = 16;  // bytes added to a row: rows of a fragment fall into different banks
   static constexpr int kPadTransposed = 16;
 
   // A [16 rows x kStep], rows contiguous along the reduction.
@@ -121,8 +121,8 @@ __device__ __forceinline__ Pair<T> make_pair_of(float low, float high) {
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
-// Rows of `width` elements from `source + token * token_stride`, token by token from `tokens` (-1: zeros), into shared memory.
-// Columns at and beyond `valid` become zero. All threads of the block take part.
+// Rows of `width` elements from `source + token * token_stride`, token by token from `tokens` (-1: zeros), into shared
+// memory. Columns at and beyond `valid` become zero. All threads of the block take part.
 template <typename T>
 __device__ __forceinline__ void load_rows(uint32_t shared, int stride, const T* source, int64_t token_stride,
                                           const int32_t* tokens, int width, int valid, bool aligned) {

@@ -1,4 +1,5 @@
-// Instantiations and launch of the inverse product: kColumns is a bucket of the head dimension, wider ones take several blocks.
+// Instantiations and launch of the inverse product: kColumns is a bucket of the head dimension, wider ones take several
+// blocks.
 #include "gemm/inverse.cuh"
 #include "gemm/launch.h"
 
@@ -16,7 +17,7 @@ Status inverse(const Problem& problem, const ProductBuffers& buffers, const Call
   return with_element(options, [&](auto element, auto precise) {
     using T = decltype(element);
     constexpr bool kPrecise = decltype(precise)::value;
-    return with_columns(problem.dim, [&](auto columns) {
+    return with_columns<kPrecise ? 64 : 128>(problem.dim, [&](auto columns) {
       constexpr int kColumns = decltype(columns)::value;
       return launch(Product::kInverse, problem, buffers, kColumns, &inverse_kernel<T, kPrecise, kColumns>,
                     Inverse<T, kPrecise, kColumns>::shared_bytes(), int(sizeof(T)), stream);

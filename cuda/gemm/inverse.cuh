@@ -1,8 +1,8 @@
 // Inverse-neighborhood: per_key[k] = scale * sum over the (q, slot) with key(q, slot) = k of weights[q, slot] per_query[q].
 //
-// The tile is made of keys, the union of the queries whose windows reach it (queries_of_key). Per chunk of 64 queries the band
-// is gathered as [query, key], lanes across the keys of the tile, and read transposed by the tensor cores. All query heads that
-// share a key head are summed in one block, in order: the result is deterministic.
+// The tile is made of keys, the union of the queries whose windows reach it (queries_of_key). Per chunk of 64 queries the
+// band is gathered as [query, key], lanes across the keys of the tile, and read transposed by the tensor cores. All query
+// heads that share a key head are summed in one block, in order: the result is deterministic.
 #pragma once
 
 #include "gemm/band.cuh"
@@ -51,8 +51,8 @@ struct Inverse {
     const int64_t q_stride = int64_t(problem.heads) * problem.dim, k_stride = int64_t(problem.kv_heads) * problem.dim;
     const T* source = static_cast<const T*>(params.per_query) + work.batch * problem.q_tokens() * q_stride +
                       int64_t(work.head) * group * problem.dim + column;
-    T* out = static_cast<T*>(params.per_key) + work.batch * problem.kv_tokens() * k_stride +
-             int64_t(work.head) * problem.dim;
+    T* out =
+        static_cast<T*>(params.per_key) + work.batch * problem.kv_tokens() * k_stride + int64_t(work.head) * problem.dim;
     const T* weights = static_cast<const T*>(params.weights);
 
     const uint32_t s_query = sm80::shared_address(shared_memory);
@@ -99,6 +99,7 @@ struct Inverse {
       describe(stage & 1);
       const uint32_t q_base = s_query + (stage & 1) * kChunk * kQueryStride;
       const uint32_t a_base = s_band + warp * kWarpRows * sizeof(T);
+      Accumulator<kPrecise, kColumns / 8> sum(c);
 #pragma unroll
       for (int k = 0; k < kChunk / M::kStep; ++k) {
         uint32_t a[4];
@@ -107,10 +108,11 @@ struct Inverse {
         for (int n = 0; n < kColumns / 16; ++n) {
           uint32_t b[4];
           M::load_b_transposed(b, q_base + k * M::kStep * kQueryStride + n * 16 * sizeof(T), kQueryStride, lane);
-          M::multiply(c[2 * n], a, b[0], b[1]);
-          M::multiply(c[2 * n + 1], a, b[2], b[3]);
+          M::multiply(sum.c[2 * n], a, b[0], b[1]);
+          M::multiply(sum.c[2 * n + 1], a, b[2], b[3]);
         }
       }
+      sum.add_to(c);
       __syncthreads();  // the band is read before it is overwritten; the rows of the next stage are visible
     }
     store_rows(params, c, out, k_stride, k_tokens + warp * kWarpRows, column, problem.dim, lane);

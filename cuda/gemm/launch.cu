@@ -15,12 +15,10 @@ int32_t group_size(Product pass, const Axis& axis) {
 }
 
 // Tokens that the windows of `tile` neighbours span, or that reach a tile of `tile` keys: at most.
-int32_t union_extent(const Axis& axis, int32_t tile) {
-  return axis.window + ceil_div(tile - 1, axis.stride) * axis.stride;
-}
+int32_t union_extent(const Axis& axis, int32_t tile) { return axis.window + ceil_div(tile - 1, axis.stride) * axis.stride; }
 
-// The cost of a box: chunks of the union, and for the inverse product the sectors of its short runs of weights (a run is as long
-// as the box's innermost axis). Units: one chunk's product.
+// The cost of a box: chunks of the union, and for the inverse product the sectors of its short runs of weights (a run is as
+// long as the box's innermost axis). Units: one chunk's product.
 double cost(Product pass, const Problem& problem, const int32_t (&box)[kMaxRank], int element_bytes) {
   double tiles = 1, columns = 1;
   for (int a = 0; a < kMaxRank; ++a) {

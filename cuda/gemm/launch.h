@@ -31,11 +31,12 @@ Status with_element(const CallOptions& options, F f) {
   return Status::error("unknown element type");
 }
 
-template <typename F>
+// Calls `f` with the bucket of output columns a block computes. kWidest: 64 where the sums take twice the registers.
+template <int kWidest, typename F>
 Status with_columns(int32_t dim, F f) {
   if (dim <= 32) return f(std::integral_constant<int, 32>{});
   if (dim <= 64) return f(std::integral_constant<int, 64>{});
-  return f(std::integral_constant<int, 128>{});
+  return f(std::integral_constant<int, kWidest>{});
 }
 
 }  // namespace jax_na::gemm

@@ -39,9 +39,9 @@ struct Neighborhood {
       int32_t r[kMaxRank];
       const int32_t token = row_token(params, block, threadIdx.x, false, r);
       q_tokens[threadIdx.x] = token;
-      rows[threadIdx.x] = token < 0 ? empty_row(params)
-                                    : tile_query_row(params, block, r,
-                                                     weights_row(params, work.batch, token, work.head), true);
+      rows[threadIdx.x] = token < 0
+                              ? empty_row(params)
+                              : tile_query_row(params, block, r, weights_row(params, work.batch, token, work.head), true);
     }
     Column mine0(block, lane), mine1(block, lane + 32), ahead(block, threadIdx.x % kChunk);
     if (threadIdx.x < kChunk) k_tokens[0][threadIdx.x] = column_token(params, block, ahead, true);
@@ -51,8 +51,8 @@ struct Neighborhood {
     const int64_t q_stride = int64_t(problem.heads) * problem.dim, k_stride = int64_t(problem.kv_heads) * problem.dim;
     const T* value = static_cast<const T*>(params.per_key) + work.batch * problem.kv_tokens() * k_stride +
                      int64_t(kv_head) * problem.dim + column;
-    T* out = static_cast<T*>(params.per_query) + work.batch * problem.q_tokens() * q_stride +
-             int64_t(work.head) * problem.dim;
+    T* out =
+        static_cast<T*>(params.per_query) + work.batch * problem.q_tokens() * q_stride + int64_t(work.head) * problem.dim;
     const T* weights = static_cast<const T*>(params.weights);
 
     const uint32_t s_value = sm80::shared_address(shared_memory);
@@ -60,8 +60,8 @@ struct Neighborhood {
     const uint32_t s_band = sm80::shared_address(band);
     const int chunks = (block.columns + kChunk - 1) / kChunk;
     auto load_chunk = [&](int chunk) {
-      load_rows(s_value + (chunk & 1) * kChunk * kValueStride, kValueStride, value, k_stride, k_tokens[chunk & 1],
-                kColumns, problem.dim - column, params.aligned);
+      load_rows(s_value + (chunk & 1) * kChunk * kValueStride, kValueStride, value, k_stride, k_tokens[chunk & 1], kColumns,
+                problem.dim - column, params.aligned);
       sm80::commit_group();
     };
     load_chunk(0);
@@ -83,6 +83,7 @@ struct Neighborhood {
       if (threadIdx.x < kChunk) k_tokens[chunk & 1][threadIdx.x] = column_token(params, block, ahead, true);
 
       const uint32_t v_base = s_value + (chunk & 1) * kChunk * kValueStride;
+      Accumulator<kPrecise, kColumns / 8> sum(c);
 #pragma unroll
       for (int k = 0; k < kChunk / M::kStep; ++k) {
         uint32_t a[4];
@@ -91,10 +92,11 @@ struct Neighborhood {
         for (int n = 0; n < kColumns / 16; ++n) {
           uint32_t b[4];
           M::load_b_transposed(b, v_base + k * M::kStep * kValueStride + n * 16 * sizeof(T), kValueStride, lane);
-          M::multiply(c[2 * n], a, b[0], b[1]);
-          M::multiply(c[2 * n + 1], a, b[2], b[3]);
+          M::multiply(sum.c[2 * n], a, b[0], b[1]);
+          M::multiply(sum.c[2 * n + 1], a, b[2], b[3]);
         }
       }
+      sum.add_to(c);
       __syncwarp();  // the band is read before it is overwritten
     }
     store_rows(params, c, out, q_stride, q_tokens + warp * kWarpRows, column, problem.dim, lane);

@@ -1,6 +1,6 @@
 // Instantiations and launch of the pointwise product.
-#include "gemm/pointwise.cuh"
 #include "gemm/launch.h"
+#include "gemm/pointwise.cuh"
 
 namespace jax_na::gemm {
 namespace {

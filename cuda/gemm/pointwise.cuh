@@ -1,7 +1,7 @@
 // Pointwise-neighborhood: weights[q, slot] = scale * <per_query[q], per_key[key(q, slot)]>.
 //
-// Per chunk of 64 keys of the union: S = Q K^T on tensor cores, 16 rows a warp; S goes through the warp's corner of shared memory
-// and leaves it row by row, lanes across keys, to the slots of that query: runs of consecutive addresses.
+// Per chunk of 64 keys of the union: S = Q K^T on tensor cores, 16 rows a warp; S goes through the warp's corner of shared
+// memory and leaves it row by row, lanes across keys, to the slots of that query: runs of consecutive addresses.
 #pragma once
 
 #include "gemm/element.cuh"
@@ -27,7 +27,7 @@ struct Pointwise {
     extern __shared__ __align__(128) unsigned char shared_memory[];
     __shared__ Block block;
     __shared__ Row rows[kTile];
-    __shared__ uint32_t limits[kTile];      // as Row::last, of the last key seen; only if an axis is causal
+    __shared__ uint32_t limits[kTile];  // as Row::last, of the last key seen; only if an axis is causal
     __shared__ int32_t q_tokens[kTile];
     __shared__ int32_t k_tokens[2][kChunk];
 
@@ -93,8 +93,8 @@ struct Pointwise {
         sm80::wait_group<0>();
         __syncthreads();  // the stage is here, the other buffer is free, tokens of the next chunk are written
         if (slices > 1 && stage > 0) {
-          load_rows(s_query, stride, query + slice * kSlice, q_stride, q_tokens, slice_width,
-                    problem.dim - slice * kSlice, params.aligned);
+          load_rows(s_query, stride, query + slice * kSlice, q_stride, q_tokens, slice_width, problem.dim - slice * kSlice,
+                    params.aligned);
           sm80::commit_group();
           sm80::wait_group<0>();
           __syncthreads();
@@ -145,7 +145,7 @@ struct Pointwise {
     const Column* column[2] = {&mine0, &mine1};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t(&x)[kMaxRank] = column[i]->x;
+      const int32_t (&x)[kMaxRank] = column[i]->x;
       const bool exists = column[i]->index < block.columns;
       key[i] = (exists ? pack(params, x[0], x[1], x[2]) : params.nowhere) + params.guard;
       slot[i] = linear(params, x[0], x[1], x[2]);

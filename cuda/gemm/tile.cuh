@@ -1,12 +1,13 @@
 // Tiles, the band of a tile, and how a band element finds its slot in the weights.
 //
-// A block works on one tile: a box of kTile tokens of one dilation group, one head, one batch entry. What the tile interacts
-// with is the box spanned by its tokens' windows (inverse: by the queries that reach them), the *union*, walked row-major in
-// chunks of kChunk columns. Coordinates inside a block are relative to the union (inverse: to the tile).
+// A block works on one tile: a box of kTile tokens of one dilation group, one head, one batch entry. What the tile
+// interacts with is the box spanned by its tokens' windows (inverse: by the queries that reach them), the *union*, walked
+// row-major in chunks of kChunk columns. Coordinates inside a block are relative to the union (inverse: to the tile).
 //
-// Whether a query's window holds a key, on all axes at once: the three relative coordinates sit in the fields of one word, each
-// field topped by a guard bit; key - first and last - key both keep every guard bit exactly if the key is inside (fields_inside).
-// The slot of an inside element is linear(key) - linear(first), linear() being row-major in the window's shape.
+// Whether a query's window holds a key, on all axes at once: the three relative coordinates sit in the fields of one word,
+// each field topped by a guard bit; key - first and last - key both keep every guard bit exactly if the key is inside
+// (fields_inside). The slot of an inside element is linear(key) - linear(first), linear() being row-major in the window's
+// shape.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,18 +43,18 @@ struct Params {
   uint32_t nowhere;              // a field value no window reaches
   int32_t volume;                // slots of a window
   int32_t any_causal;
-  int32_t aligned;               // rows of `dim` elements are multiples of 16 bytes
+  int32_t aligned;  // rows of `dim` elements are multiples of 16 bytes
 };
 
 // One axis of a block's tile and union.
 struct TileAxis {
   GroupAxis group;
-  int32_t first;        // ordinal of the tile's first token within its group
-  int32_t count;        // tokens of the tile on this axis
-  int32_t begin;        // group coordinate of the union's first column; inverse: its first query's ordinal
-  int32_t extent;       // columns of the union
-  int32_t step;         // kChunk in the mixed radix of the extents
-  int32_t origin;       // local token of the union's column 0
+  int32_t first;   // ordinal of the tile's first token within its group
+  int32_t count;   // tokens of the tile on this axis
+  int32_t begin;   // group coordinate of the union's first column; inverse: its first query's ordinal
+  int32_t extent;  // columns of the union
+  int32_t step;    // kChunk in the mixed radix of the extents
+  int32_t origin;  // local token of the union's column 0
 };
 
 struct Block {
@@ -276,6 +277,5 @@ __device__ __forceinline__ Row union_query_row(const Params& params, const Block
   return Row{pack(params, first[0], first[1], first[2]), pack(params, last[0], last[1], last[2]) + 2 * params.guard,
              weights_base - linear(params, from[0], from[1], from[2])};
 }
-
 
 }  // namespace jax_na::gemm

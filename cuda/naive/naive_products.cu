@@ -1,6 +1,6 @@
-// Direct kernels of the three unfused products: a thread per element of the result (pointwise), or a warp per row with the lanes
-// across its columns (neighborhood, inverse). No tensor cores, no shared memory: the baseline of cuda/gemm, and what serves where
-// the tiles of cuda/gemm do not. Deterministic.
+// Direct kernels of the three unfused products: a warp per row of the result, its lanes across the slots (pointwise) or
+// across the columns (neighborhood, inverse). No tensor cores, no shared memory: the baseline of cuda/gemm, and what serves
+// where the tiles of cuda/gemm do not. Deterministic.
 #include <cuda_runtime.h>
 
 #include "common/product.h"
@@ -35,13 +35,13 @@ __device__ inline Window window_of(const Problem& problem, const Shard* halo, in
 }
 
 // Local key token in slot `slot`, or -1 if the query does not see one there.
-__device__ inline int64_t key_in_slot(const Problem& problem, const Window& window, int32_t slot) {
+__device__ inline int32_t key_in_slot(const Problem& problem, const Window& window, int32_t slot) {
   int32_t c[kMaxRank];
   c[2] = slot % problem.axis[2].window;
   slot /= problem.axis[2].window;
   c[1] = slot % problem.axis[1].window;
   c[0] = slot / problem.axis[1].window;
-  int64_t token = 0;
+  int32_t token = 0;
   bool inside = true;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
@@ -56,22 +56,22 @@ __device__ inline int64_t key_in_slot(const Problem& problem, const Window& wind
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     pointwise_kernel(const Problem problem, const T* __restrict__ query, const T* __restrict__ key, const Shard* halo,
-                     T* __restrict__ weights, int32_t volume, int64_t elements) {
+                     T* __restrict__ weights, int32_t volume, int64_t units) {
+  const int32_t lane = threadIdx.x % kWarp;
   const bool aligned = rows_aligned<T>(problem.dim);
   const int64_t q_tokens = problem.q_tokens(), kv_tokens = problem.kv_tokens();
-  for (int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x; index < elements;
-       index += int64_t(gridDim.x) * kThreads) {
-    const int64_t row = index / volume, slot = index - row * volume;
-    const int32_t head = static_cast<int32_t>(row % problem.heads);
-    const int64_t token = row / problem.heads % q_tokens, batch = row / problem.heads / q_tokens;
-    const int64_t at = key_in_slot(problem, window_of(problem, halo, token), static_cast<int32_t>(slot));
-    float score = 0.0f;
-    if (at >= 0) {
-      const int32_t kv_head = head / (problem.heads / problem.kv_heads);
-      const Rows<const T> keys(key, batch, kv_tokens, problem.kv_heads, kv_head, problem.dim);
-      score = problem.scale * dot(query + row * problem.dim, keys[at], problem.dim, aligned);
+  const int64_t step = int64_t(gridDim.x) * kWarpsPerBlock;
+  for (int64_t index = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; index < units; index += step) {
+    const Unit unit(index, q_tokens, problem.heads, 1);
+    const int32_t kv_head = unit.head / (problem.heads / problem.kv_heads);
+    const T* q = Rows<const T>(query, unit.batch, q_tokens, problem.heads, unit.head, problem.dim)[unit.token];
+    const Rows<const T> keys(key, unit.batch, kv_tokens, problem.kv_heads, kv_head, problem.dim);
+    T* row = Rows<T>(weights, unit.batch, q_tokens, problem.heads, unit.head, volume)[unit.token];
+    const Window window = window_of(problem, halo, unit.token);
+    for (int32_t slot = lane; slot < volume; slot += kWarp) {
+      const int32_t token = key_in_slot(problem, window, slot);
+      row[slot] = from_float<T>(token < 0 ? 0.0f : problem.scale * dot(q, keys[token], problem.dim, aligned));
     }
-    weights[index] = from_float<T>(score);
   }
 }
 
@@ -175,17 +175,16 @@ Status product(Product pass, const Problem& problem, const ProductBuffers& buffe
     const int32_t chunks = chunks_of(problem.dim);
     const int64_t queries = problem.batch * problem.q_tokens() * problem.heads;
     if (pass == Product::kPointwise) {
-      const int64_t elements = queries * volume, warps = (elements + kWarp - 1) / kWarp;
-      if (elements == 0) return Status{};
-      pointwise_kernel<T><<<blocks_for(warps), kThreads, 0, stream>>>(problem, per_query, per_key, buffers.halo, weights,
-                                                                      volume, elements);
+      if (queries == 0) return Status{};
+      pointwise_kernel<T><<<blocks_for(queries), kThreads, 0, stream>>>(problem, per_query, per_key, buffers.halo, weights,
+                                                                        volume, queries);
       return launch_status("naive::pointwise_kernel");
     }
     if (pass == Product::kNeighborhood) {
       const int64_t units = queries * chunks;
       if (units == 0) return Status{};
-      neighborhood_kernel<T><<<blocks_for(units), kThreads, 0, stream>>>(problem, weights, per_key, buffers.halo,
-                                                                         per_query, volume, chunks, units);
+      neighborhood_kernel<T><<<blocks_for(units), kThreads, 0, stream>>>(problem, weights, per_key, buffers.halo, per_query,
+                                                                         volume, chunks, units);
       return launch_status("naive::neighborhood_kernel");
     }
     const int64_t units = problem.batch * problem.kv_tokens() * problem.kv_heads * chunks;
