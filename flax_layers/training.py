@@ -103,6 +103,7 @@ def make_trainer(
     *,
     seed: int = 0,
     label_smoothing: float = 0.0,
+    prepare: Callable[[Array], Array] | None = None,
     augment: Callable[[Array, Array], Array] | None = None,
     mesh: Mesh | None = None,
 ) -> Trainer:
@@ -114,6 +115,7 @@ def make_trainer(
       seed: of dropout, stochastic depth and ``augment``; every step derives its keys from this and its number, so that a
         resumed run draws what an uninterrupted one would have drawn.
       label_smoothing: of the training loss.
+      prepare: what the batch's images go through first, in training and in evaluation, such as normalization.
       augment: ``(key, images) -> images``, applied on the device in training steps.
       mesh: parameters are replicated over it; default: all local devices (:func:`data_mesh`).
     """
@@ -142,13 +144,18 @@ def make_trainer(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         augment_key, dropout_key = jax.random.split(key)
+        batch = prepared(batch)
         if augment is not None:
             batch = batch._replace(images=augment(augment_key, batch.images))
         grads, metrics = jax.grad(loss_of, has_aux=True)(state.params, batch, dropout_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
+    def prepared(batch: Batch) -> Batch:
+        return batch if prepare is None else batch._replace(images=prepare(batch.images))
+
     def eval_step(params: PyTree, batch: Batch) -> Metrics:
+        batch = prepared(batch)
         return _metrics(evaluation_model(params)(batch.images), batch, 0.0)
 
     def evaluation_model(params: PyTree) -> Any:
