@@ -142,7 +142,8 @@ def _lower(kind: str, body: Callable[..., Any], platform: str, ctx: Any, *operan
         whole = tuple((aval.shape, aval.dtype) for aval in ctx.avals_out)
         body = _sharding.partitioned(body, where, whole, inputs.query.shape[-2], inputs.key.shape[-2])
         return _sharding.lower_untyped(ctx, body, *operands)
-    return mlir.lower_fun(body, multiple_results=True)(ctx, *operands)
+    with jax.numpy_rank_promotion("allow"):  # that option is about the user's code
+        return mlir.lower_fun(body, multiple_results=True)(ctx, *operands)
 
 
 def _make(kind: str, abstract: Callable[..., Any], body: Callable[..., Any]) -> Primitive:
@@ -227,7 +228,8 @@ def _jvp_through_xla(primitive: Primitive, body: Callable[..., Any]) -> Callable
         halo = primals[-1]
         given = [ad.instantiate_zeros(t) for t in tangents[:-1]]
         values = primitive.bind(*primals, **params)
-        result = jax.jvp(lambda *args: body(*args, halo, **params), tuple(primals[:-1]), tuple(given))[1]
+        with jax.numpy_rank_promotion("allow"):
+            result = jax.jvp(lambda *args: body(*args, halo, **params), tuple(primals[:-1]), tuple(given))[1]
         return values, list(result)
 
     return rule

@@ -235,7 +235,7 @@ def _anonymous_mesh(shardings: Sequence[Any], where: Sequence[Sequence[str]]) ->
 def lower_untyped(ctx: Any, function: Callable[..., Any], *operands: Any) -> Any:
     """Lower ``function`` as if no mesh were there: a partition callback sees local shapes, types that speak of a mesh are wrong."""
     untyped = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
-    with jax.sharding.use_abstract_mesh(NO_MESH):
+    with jax.sharding.use_abstract_mesh(NO_MESH), jax.numpy_rank_promotion("allow"):
         return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=untyped), *operands)
 
 

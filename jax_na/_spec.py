@@ -244,6 +244,11 @@ def make_spec(
 ) -> Spec:
     """Spec of a public call with ``query [B, *spatial, H, D]``."""
     rank = check_rank("query", query)
+    for axis, length in enumerate(query.shape[1 : 1 + rank]):
+        if not isinstance(length, int):
+            raise TypeError(
+                f"spatial axis {axis} of query has the symbolic length {length}: only batch dimensions may be symbolic"
+            )
     window, strides, dilations, causal = window_parameters(
         query.shape[1 : 1 + rank], window_size, stride, dilation, is_causal, shrink_window
     )

@@ -83,8 +83,22 @@ class _Call:
         return jnp.zeros_like(x, self.acc)
 
 
+def _symbolic_axis(spec: Spec, inputs: Inputs) -> int | None:
+    """The first leading dimension whose size is a symbol of an export. Steps cannot be cut along it: it is vmapped."""
+    return next((i for i, size in enumerate(spec.lead(inputs.query)) if not isinstance(size, int)), None)
+
+
+def _mapped(spec: Spec, inputs: Inputs, axis: int) -> Inputs:
+    """``in_axes`` of the operands: bias may lack the leading dimension."""
+    has_axis = inputs.bias is not None and inputs.bias.ndim - 1 - spec.rank > axis
+    axes = Inputs(*(None if array is None else axis for array in inputs))
+    return axes if has_axis else axes._replace(bias=None)
+
+
 def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
     """``(out [*B, *Sq, H, Dv], lse [*B, *Sq, H])``."""
+    if (axis := _symbolic_axis(spec, inputs)) is not None:
+        return jax.vmap(lambda x: forward(spec, x, halo), (_mapped(spec, inputs, axis),), axis)(inputs)
     query, key, value = inputs.query, inputs.key, inputs.value
     acc = accumulation_dtype(query.dtype)
     if query.size == 0:
@@ -124,6 +138,15 @@ def backward(
     spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array, grad_lse: Array | None, halo: Array
 ) -> Inputs:
     """Gradients of every given operand, by recomputation from lse."""
+    if (axis := _symbolic_axis(spec, inputs)) is not None:
+        axes = _mapped(spec, inputs, axis)
+        given = (out, lse, grad_out, *([] if grad_lse is None else [grad_lse]))
+        grads = jax.vmap(
+            lambda x, out, lse, d_out, d_lse=None: backward(spec, x, out, lse, d_out, d_lse, halo),
+            (axes, *(axis for _ in given)),
+            axis,
+        )(inputs, *given)
+        return grads if inputs.bias is None or axes.bias is not None else grads._replace(bias=jnp.sum(grads.bias, axis))
     query, key, value = inputs.query, inputs.key, inputs.value
     acc = accumulation_dtype(query.dtype)
     if query.size == 0:
@@ -199,6 +222,9 @@ def backward(
 
 def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array, halo: Array) -> tuple[Array, Array]:
     """Tangents of ``(out, lse)``: linear in ``tangents``."""
+    if (axis := _symbolic_axis(spec, inputs)) is not None:
+        axes = _mapped(spec, inputs, axis)
+        return jax.vmap(lambda *x: tangent(spec, *x, halo), (axes, axes, axis, axis), axis)(tangents, inputs, out, lse)
     query, key, value = inputs.query, inputs.key, inputs.value
     acc = accumulation_dtype(query.dtype)
     if query.size == 0:
