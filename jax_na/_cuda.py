@@ -157,8 +157,44 @@ def delta_bytes(spec: Spec, inputs: Inputs) -> int:
     return 4 * math.prod(inputs.query.shape[:-1])
 
 
+def _why_not_fused(spec: Spec, inputs: Inputs, is_backward: bool = False) -> str | None:
+    reason = _why_not_dtype(spec, inputs, is_backward)
+    dim = max(inputs.query.shape[-1], inputs.value.shape[-1])
+    if reason is None and dim > 256:
+        reason = f"the fused kernels serve head dimensions up to 256, query and value have up to {dim}"
+    return reason
+
+
+def fused_workspace_bytes(spec: Spec, inputs: Inputs) -> int:
+    """Of the backward pass: ``cuda/fused/workspace_sm80.h`` in Python."""
+    blocks = 528
+    heads, dim = inputs.query.shape[-2:]
+    kv_heads, dim_v = inputs.value.shape[-2:]
+    batch, queries = math.prod(spec.lead(inputs.query)), math.prod(spec.spatial(inputs.query))
+    parts = [8 * batch * queries * heads]
+    if inputs.bias is not None:
+        parts.append(4 * -(-blocks // heads) * heads * math.prod(2 * window - 1 for window in spec.window))
+    if inputs.extra_key is not None:
+        extra = inputs.extra_key.shape[-3]
+        tiles, columns = batch * kv_heads * -(-extra // 64), queries * (heads // kv_heads)
+        splits = max(1, min(-(-(blocks // 2) // tiles), -(-columns // 1024))) if tiles else 0
+        parts.append(4 * splits * batch * extra * kv_heads * (dim + dim_v))
+    return sum(-(-part // 256) * 256 for part in parts)
+
+
 # In order of preference: among those that serve a call statically, the first that runs on the device of the call is taken.
-FAMILIES: tuple[Family, ...] = (Family("naive", 80, False, _why_not_dtype, backward_workspace=delta_bytes),)
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "fused",
+        80,
+        False,
+        _why_not_fused,
+        backward_workspace=fused_workspace_bytes,
+        head_dim_multiple=8,
+        serves_extra=True,
+    ),
+    Family("naive", 80, False, _why_not_dtype, backward_workspace=delta_bytes),
+)
 
 
 def candidates(spec: Spec, inputs: Inputs, is_backward: bool, only: str | None = None) -> list[Family]:

@@ -1,0 +1,99 @@
+// Tile sizes of the SM 8.0 kernels: one function per kernel, one row per row width of the shared tiles.
+//
+// What limits them: 99 KiB of shared memory (SM 8.6 and 8.9), 255 registers a thread. Warps own 16 or 32 rows; 32 rows
+// halve the shared memory reads per product, 16 rows fit small windows better.
+#pragma once
+
+#include "backward_sm80.cuh"
+#include "forward_sm80.cuh"
+
+namespace jax_na::fused {
+
+struct Shape {
+  int row_tiles;  // of 16 rows, per warp
+  int cols;       // of a chunk
+  int stages;
+  int warps;
+  int min_blocks;      // per SM: caps the registers
+  bool skips = false;  // leave out columns that no row of a warp sees, 16 at a time: for small windows
+  constexpr int rows() const { return row_tiles * 16 * warps; }
+};
+
+constexpr Shape forward_shape(bool is_16_bit, int dim, bool large) {
+  if (is_16_bit) {
+    switch (dim) {
+      case 32: return large ? Shape{2, 64, 2, 4, 3} : Shape{1, 64, 2, 4, 4, true};
+      case 64: return large ? Shape{2, 64, 2, 4, 2} : Shape{1, 64, 2, 4, 4, true};
+      case 128: return large ? Shape{2, 64, 2, 4, 2} : Shape{1, 64, 2, 4, 2};
+      default: return Shape{1, 32, 2, 4, 2};
+    }
+  }
+  switch (dim) {
+    case 32: return Shape{1, 64, 2, 4, 3};
+    case 64: return Shape{1, 32, 2, 4, 2};
+    case 128: return Shape{1, 32, 2, 4, 1};
+    default: return Shape{1, 16, 2, 2, 1};
+  }
+}
+
+constexpr Shape grad_query_shape(bool is_16_bit, int dim) {
+  if (is_16_bit) {
+    switch (dim) {
+      case 32: return Shape{1, 64, 2, 4, 4, true};
+      case 64: return Shape{1, 64, 2, 4, 3, true};
+      case 128: return Shape{1, 32, 2, 4, 2};
+      default: return Shape{1, 16, 2, 4, 1};
+    }
+  }
+  switch (dim) {
+    case 32: return Shape{1, 32, 2, 4, 2};
+    case 64: return Shape{1, 32, 2, 4, 1};
+    case 128: return Shape{1, 16, 2, 4, 1};
+    default: return Shape{1, 16, 2, 1, 1};
+  }
+}
+
+constexpr Shape grad_key_value_shape(bool is_16_bit, int dim) {
+  if (is_16_bit) {
+    switch (dim) {
+      case 32: return Shape{1, 64, 2, 4, 4, true};
+      case 64: return Shape{1, 64, 2, 4, 2, true};
+      case 128: return Shape{1, 32, 2, 4, 2};
+      default: return Shape{1, 16, 2, 4, 1};
+    }
+  }
+  switch (dim) {
+    case 32: return Shape{1, 32, 2, 4, 2};
+    case 64: return Shape{1, 32, 2, 4, 1};
+    case 128: return Shape{1, 16, 2, 4, 1};
+    default: return Shape{1, 16, 2, 1, 1};
+  }
+}
+
+// The accumulators of both gradients fit the registers up to this head dimension; above, they are computed one after the
+// other.
+constexpr bool splits_gradients(int dim) { return dim > 128; }
+// 32 rows a warp: only where registers allow it.
+constexpr bool has_large_forward(bool is_16_bit, int dim) { return is_16_bit && dim <= 128; }
+
+// For the cost model (tile_choice_sm80.h), in units of one forward chunk with 16 rows a warp: what a chunk with 32 rows
+// costs, and what beginning and end of a tile cost.
+constexpr double kLargeChunkCost = 1.55, kTileCost = 1.0, kLargeTileCost = 1.7;
+
+template <class E, int kDim, bool kLarge>
+struct ForwardOf {
+  static constexpr Shape s = forward_shape(E::k16Bit, kDim, kLarge);
+  using Config = ForwardConfig<E, kDim, s.row_tiles, s.cols, s.stages, s.warps, s.min_blocks, s.skips>;
+};
+template <class E, int kDim>
+struct GradQueryOf {
+  static constexpr Shape s = grad_query_shape(E::k16Bit, kDim);
+  using Config = BackwardConfig<E, kDim, s.row_tiles, s.cols, s.stages, s.warps, s.min_blocks, s.skips>;
+};
+template <class E, int kDim, int kParts>
+struct GradKeyValueOf {
+  static constexpr Shape s = grad_key_value_shape(E::k16Bit, kDim);
+  using Config = BackwardConfig<E, kDim, s.row_tiles, s.cols, s.stages, s.warps, s.min_blocks, s.skips, kParts>;
+};
+
+}  // namespace jax_na::fused
