@@ -86,7 +86,9 @@ def test_python_knows_the_size_of_the_workspace(library):
         heads = kv_heads * int(rng.integers(1, 4))
         dim, dim_v, batch = 8 * int(rng.integers(1, 9)), 8 * int(rng.integers(1, 9)), int(rng.integers(1, 3))
         extra, has_bias = int(rng.choice([0, 1, 70, 300])), bool(rng.integers(2))
-        expected = library.workspace_bytes(pointer(as_array(axes, rank, heads, kv_heads, dim, dim_v, extra, batch)), has_bias)
+        expected = library.workspace_bytes(
+            pointer(as_array(axes, rank, heads, kv_heads, dim, dim_v, extra, batch)), has_bias
+        )
         used = axes[3 - rank :]
         spatial = tuple(axis[0] for axis in used)
         shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)  # noqa: E731
