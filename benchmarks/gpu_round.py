@@ -1,9 +1,9 @@
-"""The whole round on a GPU: tests, sanitizer, benchmark rows; writes one JSON file that is committed.
+"""The whole round on a GPU: tests, random problems, sanitizer, benchmark rows; writes one JSON file that is committed.
 
-Usage: python -m benchmarks.gpu_round --out benchmarks/results/h200/latest.json [--commit HASH] [--skip tests sanitizer rows]
+Usage: python -m benchmarks.gpu_round --out benchmarks/results/h200/latest.json [--commit HASH] [--skip tests fuzz sanitizer rows]
   [--implementations cuda cuda_fused ...] [--problems REGEX] [--dtypes bfloat16 float32]
 
-Exit status 1 if a test failed or was skipped, or the sanitizer found an error.
+Exit status 1 if a test failed or was skipped, a random problem was wrong, or the sanitizer found an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,20 @@ from typing import Any
 
 from benchmarks.problems import NEIGHBOURS, PROBLEMS, bound_ms, useful_flop
 
+# Rough multiples of the bound, to choose how many calls one measurement takes; and the implementations that are measured only where
+# the window is small enough for their time (direct) or their memory (weights of the unfused pair).
+EXPECTED_OVER_BOUND = {
+    "cuda": 1.5,
+    "cuda_hopper": 1.5,
+    "cuda_fused": 3.0,
+    "cuda_gemm": 12.0,
+    "cuda_naive": 70.0,
+    "xla": 70.0,
+}
+SMALL_WINDOWS_ONLY = ("cuda_gemm", "cuda_naive", "xla")
+LARGEST_SMALL_WINDOW = 1024
+FUZZED = ("cuda_fused", "cuda_hopper", "cuda_gemm")
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -31,9 +45,9 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
     report = pathlib.Path("gpu_tests.xml").resolve()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", "tests", *arguments]
     if importlib.util.find_spec("xdist"):  # compilation by XLA is most of the time
-        command += ["-n", "5", "--dist", "loadgroup"]
+        command += ["-n", "10", "--dist", "loadgroup"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "3"}
+    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     print(process.stdout[-6000:], process.stderr[-2000:])
     import xml.etree.ElementTree as ElementTree
@@ -43,6 +57,29 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
     number = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = number["failures"] + number["errors"]
     return {"passed": number["tests"] - failed - number["skipped"], "failed": failed, "skipped": number["skipped"]}
+
+
+def run_fuzz(implementations: list[str], count: int) -> dict[str, Any]:
+    """``count`` random problems per implementation against the numpy oracle: benchmarks/fuzz.py."""
+    result = {}
+    for name in implementations:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.fuzz",
+            "--implementation",
+            name,
+            "--count",
+            str(count),
+            "--workers",
+            "8",
+        ]
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+        result[name] = json.loads(lines[-1]) if lines else {"failed": count, "failures": [process.stderr[-1500:]]}
+        print("fuzz:", result[name], flush=True)
+    return result
 
 
 def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
@@ -56,7 +93,11 @@ def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
         text = process.stdout + process.stderr
         summary = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
         clean = process.returncode == 0 and "all cases ran" in text
-        result[tool] = {"clean": clean, "summary": summary[-1] if summary else text[-500:], "seconds": round(time.time() - start)}
+        result[tool] = {
+            "clean": clean,
+            "summary": summary[-1] if summary else text[-500:],
+            "seconds": round(time.time() - start),
+        }
         if not clean:
             print(text[-4000:])
     return result
@@ -65,18 +106,24 @@ def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
 def run_rows(implementations: list[str], problems: str, dtypes: list[str], neighbours: bool) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
-    from benchmarks.measure import time_case
+    from benchmarks.measure import input_sets, time_case
 
     cases = {**PROBLEMS, **(NEIGHBOURS if neighbours else {})}
     rows = []
-    print(f"{'problem':26s} {'dtype':9s} {'implementation':15s} pass {'ms':>9s} {'TFLOP/s':>8s} {'x bound':>8s} {'error':>8s}")
+    print(
+        f"{'problem':26s} {'dtype':9s} {'implementation':15s} pass {'ms':>9s} {'TFLOP/s':>8s} {'x bound':>8s} {'error':>8s}"
+    )
     for name, case in cases.items():
         if not re.search(problems, name):
             continue
+        small = case.spec().volume <= LARGEST_SMALL_WINDOW
+        served = [x for x in implementations if small or x not in SMALL_WINDOWS_ONLY]
         for dtype in dtypes:
-            for implementation in implementations:
+            sets = input_sets(case, jnp.dtype(dtype))
+            for implementation in served:
+                expected = EXPECTED_OVER_BOUND.get(implementation, 10.0)
                 try:
-                    times = time_case(case, jnp.dtype(dtype), implementation, ("fwd", "bwd"))
+                    times = time_case(case, sets, implementation, expected * bound_ms(case, False))
                 except NotImplementedError as reason:
                     print(f"{name:26s} {dtype:9s} {implementation:15s} {str(reason)[:90]}")
                     continue
@@ -128,16 +175,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--commit", default=None)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "sanitizer", "rows"])
-    parser.add_argument("--implementations", nargs="*", default=["cuda", "cuda_fused", "cuda_naive"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "fuzz", "sanitizer", "rows"])
+    parser.add_argument(
+        "--implementations", nargs="*", default=["cuda", "cuda_fused", "cuda_hopper", "cuda_gemm", "cuda_naive"]
+    )
+    parser.add_argument("--fuzz", type=int, default=1000, help="random problems per implementation")
     parser.add_argument("--problems", default=".")
     parser.add_argument("--neighbours", action="store_true")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
     parser.add_argument("--pytest", nargs="*", default=[])
     arguments = parser.parse_args()
-    commit = arguments.commit or subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = (
+        arguments.commit
+        or subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    )
     out = pathlib.Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
@@ -150,6 +201,9 @@ def main() -> int:
         result["tests"] = run_tests(arguments.pytest)
         print("tests:", result["tests"])
         save()
+    if "fuzz" not in arguments.skip:
+        result["fuzz"] = run_fuzz([name for name in arguments.implementations if name in FUZZED], arguments.fuzz)
+        save()
     if "sanitizer" not in arguments.skip:
         result["sanitizer"] = run_sanitizer(arguments.implementations)
         print("sanitizer:", result["sanitizer"])
@@ -161,7 +215,10 @@ def main() -> int:
         result["rows"] = kept + rows
         save()
     tests, sanitizer = result.get("tests", {}), result.get("sanitizer", {})
-    bad = tests.get("failed", 0) or tests.get("skipped", 0) or not all(x["clean"] for x in sanitizer.values())
+    fuzz_failed = any(x["failed"] for x in result.get("fuzz", {}).values())
+    bad = (
+        fuzz_failed or tests.get("failed", 0) or tests.get("skipped", 0) or not all(x["clean"] for x in sanitizer.values())
+    )
     return 1 if bad else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ Array = Any
 
 # Inputs rotate among sets that together exceed the 60 MB of L2, as they would in a model.
 _ROTATION_BYTES = 256 << 20
-_TARGET_SECONDS = 0.02
+_LARGE_BYTES = 2 << 30  # one set of such inputs does not fit L2 anyway
+_TARGET_MS = 20.0
 
 
 def random_inputs(case: Case, dtype: Any, seed: int) -> tuple[Inputs, Array]:
@@ -54,50 +56,45 @@ def backward(spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array
     )
 
 
-def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], repeats: int = 7) -> float:
-    """Median milliseconds of one call of ``function``: several calls on rotating argument sets in one program, so that the
+def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], count: int, repeats: int = 7) -> float:
+    """Median milliseconds of one call of ``function``: ``count`` calls on rotating argument sets in one program, so that the
     device runs them back to back and the host's dispatch disappears."""
-
-    def run(count: int) -> float:
+    program = jax.jit(lambda sets: [function(*args) for args in sets])
+    sets = sets[:count]
+    jax.block_until_ready(program(sets))
+    times = []
+    for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(program(sets, count))
-        return time.perf_counter() - start
-
-    compiled: dict[int, Any] = {}
-
-    def program(sets: list[tuple[Any, ...]], count: int) -> Any:
-        if count not in compiled:
-            compiled[count] = jax.jit(lambda sets: [function(*args) for args in sets[:count]])
-            jax.block_until_ready(compiled[count](sets))
-        return compiled[count](sets)
-
-    run(1)
-    single = min(run(1) for _ in range(3))
-    count = max(1, min(len(sets), int(_TARGET_SECONDS / single) + 1))
-    run(count)
-    return 1e3 * statistics.median(run(count) for _ in range(repeats)) / count
+        jax.block_until_ready(program(sets))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times) / len(sets)
 
 
-def time_case(case: Case, dtype: Any, implementation: str | None, passes: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem."""
-    spec = case.spec(implementation=implementation)
+def input_sets(case: Case, dtype: Any) -> list[tuple[Inputs, Array]]:
+    """Operands and cotangents to rotate among."""
     first = random_inputs(case, dtype, 0)
-    set_bytes = sum(x.nbytes for x in first[0] if x is not None) * 2
-    num_sets = int(np.clip(_ROTATION_BYTES // set_bytes, 2, 48)) if set_bytes < (2 << 30) else 1
-    sets = [first, *(random_inputs(case, dtype, seed) for seed in range(1, num_sets))]
-    run_forward = jax.jit(lambda inputs: forward(spec, inputs))
-    result: dict[str, dict[str, float]] = {}
-    residuals = [run_forward(inputs) for inputs, _ in sets]
+    set_bytes = 2 * sum(x.nbytes for x in first[0] if x is not None)
+    count = int(np.clip(_ROTATION_BYTES // set_bytes, 2, 48)) if set_bytes < _LARGE_BYTES else 1
+    return [first, *(random_inputs(case, dtype, seed) for seed in range(1, count))]
+
+
+def time_case(
+    case: Case, sets: list[tuple[Inputs, Array]], implementation: str | None, expected_ms: float
+) -> dict[str, dict[str, float]]:
+    """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem; ``expected_ms`` of a forward sets how many calls are timed."""
+    spec = case.spec(implementation=implementation)
+    count = int(np.clip(_TARGET_MS / expected_ms, 1, len(sets)))
+    residuals = [jax.jit(functools.partial(forward, spec))(inputs) for inputs, _ in sets[:count]]
     out, lse = residuals[0]
-    if "fwd" in passes:
-        ms = device_ms(lambda inputs: forward(spec, inputs), [(inputs,) for inputs, _ in sets])
-        result["fwd"] = {"ms": ms, "max_error": sampled_forward_error(case, first[0], out)}
-    if "bwd" in passes:
-        sets = [(inputs, o, l, grad) for (inputs, grad), (o, l) in zip(sets, residuals, strict=True)]
-        ms = device_ms(lambda *args: backward(spec, *args), sets)
-        grads = jax.jit(lambda *args: backward(spec, *args))(*sets[0])
-        result["bwd"] = {"ms": ms, "max_error": sampled_backward_error(case, first[0], out, lse, first[1], grads)}
-    return result
+    fwd_ms = device_ms(functools.partial(forward, spec), [(inputs,) for inputs, _ in sets], count)
+    backward_sets = [(inputs, *values, grad) for (inputs, grad), values in zip(sets, residuals, strict=False)]
+    bwd_ms = device_ms(functools.partial(backward, spec), backward_sets, count)
+    grads = jax.jit(functools.partial(backward, spec))(*backward_sets[0])
+    inputs, grad_out = sets[0]
+    return {
+        "fwd": {"ms": fwd_ms, "max_error": sampled_forward_error(case, inputs, out)},
+        "bwd": {"ms": bwd_ms, "max_error": sampled_backward_error(case, inputs, out, lse, grad_out, grads)},
+    }
 
 
 def _head(array: Array, head: int) -> np.ndarray:

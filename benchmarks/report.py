@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
 import sys
 from typing import Any
 
 from benchmarks.problems import AMPERE_PEER_MS, BEST_PEER_MS, PROBLEMS
 
 
-def _times(rows: list[dict[str, Any]], implementation: str, dtype: str = "bfloat16") -> dict[tuple[str, str], dict[str, Any]]:
+def _times(
+    rows: list[dict[str, Any]], implementation: str, dtype: str = "bfloat16"
+) -> dict[tuple[str, str], dict[str, Any]]:
     return {(r["problem"], r["pass"]): r for r in rows if r["implementation"] == implementation and r["dtype"] == dtype}
 
 
@@ -21,7 +24,10 @@ def _mean(ratios: list[float]) -> str:
 def comparison(rows: list[dict[str, Any]], implementation: str, peers: dict[str, tuple[float, float]]) -> str:
     """One line per problem: ours, the peer's, the ratio, and the distance to the bound, forward and backward."""
     ours = _times(rows, implementation)
-    lines = ["| problem | window | forward ms | peer | ratio | x bound | backward ms | peer | ratio | x bound |", "|---" * 10 + "|"]
+    lines = [
+        "| problem | window | forward ms | peer | ratio | x bound | backward ms | peer | ratio | x bound |",
+        "|---" * 10 + "|",
+    ]
     ratios: dict[str, list[float]] = {"fwd": [], "bwd": []}
     for name, peer in peers.items():
         case = PROBLEMS[name]
@@ -52,7 +58,7 @@ def against(rows: list[dict[str, Any]], fast: str, slow: str, dtype: str) -> str
 
 
 def main() -> None:
-    result = json.load(open(sys.argv[1]))
+    result = json.loads(pathlib.Path(sys.argv[1]).read_text())
     rows = [r for r in result["rows"] if r["problem"] in PROBLEMS]
     print(comparison(rows, "cuda", BEST_PEER_MS), "\n")
     print(comparison(rows, "cuda_fused", AMPERE_PEER_MS), "\n")

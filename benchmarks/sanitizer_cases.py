@@ -1,4 +1,4 @@
-"""Small problems that reach every kernel, forward and backward, for compute-sanitizer: python -m benchmarks.sanitizer_cases NAME..."""
+"""Small problems that reach every kernel, both passes, for compute-sanitizer: python -m benchmarks.sanitizer_cases NAME..."""
 
 from __future__ import annotations
 

@@ -15,12 +15,17 @@ def _num_gpus() -> int:
         return 0
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`gpu` tests need a GPU. JAX_NA_REQUIRE_GPU=1 turns "no GPU: skipped" into a failure, to keep a GPU machine honest."""
     available = _num_gpus()
     if not available and os.environ.get("JAX_NA_REQUIRE_GPU") == "1":
         raise pytest.UsageError("JAX_NA_REQUIRE_GPU=1, but JAX sees no GPU")
     for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if "case" in parameters and "xdist_group" not in item.keywords:
+            # One worker runs a case on every implementation: what they are all held against is computed once.
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{parameters['case']}-{parameters.get('dtype')}"))
         needed = 2 if "multi_gpu" in item.keywords else 1 if {"gpu", "sm90"} & set(item.keywords) else 0
         if needed > available:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), JAX sees {available}"))

@@ -1,0 +1,105 @@
+"""Random problems on a GPU against the numpy oracle, forward and all gradients, spread over processes.
+
+Usage: python -m benchmarks.fuzz --implementation cuda_fused --count 1000 --workers 12
+Prints one JSON line: {"implementation", "problems", "failed", "worst": {dtype: error}, "failures": [...]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+from typing import Any
+
+import numpy as np
+
+# Largest error relative to the largest exact value. float32 is TF32 at JAX's default precision, float32* full precision.
+LIMITS = {"float32": 4e-3, "float32*": 3e-5, "float16": 4e-3, "bfloat16": 2.5e-2}
+
+
+def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float, str]]:
+    """(seed, dtype, worst error or infinity, what) of each problem that the implementation serves."""
+    import jax
+    from jax import lax
+
+    from jax_na import _backends, _primitives
+    from jax_na.testing import oracle
+    from jax_na.testing.cases import random_case
+    from jax_na.testing.numerics import relative_error
+
+    results = []
+    for seed in seeds:
+        kind = list(LIMITS)[seed % 4]
+        case = random_case(seed, max_tokens=700)
+        if implementation == "cuda_hopper":
+            kind = ("float16", "bfloat16")[seed % 2]
+            case = dataclasses.replace(case, dim=(32, 64, 128)[seed % 3], dim_v=None, bias=False, extra=0)
+        precision = lax.Precision.HIGHEST if kind.endswith("*") else lax.Precision.DEFAULT
+        spec = case.spec(implementation=implementation, precision=precision)
+        inputs = case.inputs(kind.rstrip("*"))
+        reason = _backends.IMPLEMENTATIONS[implementation].why_not_on("cuda", spec, inputs)
+        if reason is not None:
+            results.append((seed, "refused", 0.0, reason))
+            continue
+        grad_out, grad_lse = case.cotangents(kind.rstrip("*"))
+
+        @jax.jit
+        def run(inputs: Any, grad_out: Any, grad_lse: Any, spec: Any = spec) -> Any:
+            halo = spec.identity_halo(inputs.query)
+            values, vjp = jax.vjp(functools.partial(_primitives.forward, spec, halo=halo), inputs)
+            return values, vjp((grad_out, grad_lse))[0]
+
+        try:
+            (out, lse), grads = run(inputs, grad_out, grad_lse)
+            truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
+            assert truth.grads is not None
+            actual = {"out": out, "lse": lse, **grads._asdict()}
+            expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
+            errors = {n: relative_error(actual[n], expected[n]) for n in actual if expected[n] is not None}
+            worst = max(errors, key=errors.__getitem__)
+            results.append((seed, kind, errors[worst], f"{worst} of {case}"))
+        except Exception as error:
+            results.append((seed, kind, float("inf"), f"{type(error).__name__}: {str(error)[:200]} in {case}"))
+        if seed % 16 == 0:
+            jax.clear_caches()
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementation", default="cuda")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=8)
+    arguments = parser.parse_args()
+    chunks = [
+        range(arguments.first + i, arguments.first + arguments.count, arguments.workers * 4)
+        for i in range(arguments.workers * 4)
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        parts = list(pool.map(functools.partial(check_range, arguments.implementation), chunks))
+    results = [row for part in parts for row in part]
+    served = [row for row in results if row[1] != "refused"]
+    failures = [row for row in served if not row[2] <= LIMITS[row[1]]]
+    worst = {kind: max((row[2] for row in served if row[1] == kind), default=float(np.nan)) for kind in LIMITS}
+    print(
+        json.dumps(
+            {
+                "implementation": arguments.implementation,
+                "problems": len(served),
+                "refused": len(results) - len(served),
+                "failed": len(failures),
+                "worst": {kind: float(f"{error:.3g}") for kind, error in worst.items() if error == error},
+                "failures": [list(map(str, row)) for row in failures[:10]],
+            }
+        )
+    )
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
