@@ -197,3 +197,33 @@ def test_illegal_inputs():
         flax_layers.NeighborhoodAttention(16, 4, (3.5, 3), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="6 window groups for num_heads=4"):
         flax_layers.HydraNeighborhoodAttention(16, 4, [3] * 6, rank=2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=["1d", "2d", "3d"])
+def test_attention_dropout_acts_on_the_weights(geometry):
+    """Through the unfused pair: kept weights reproduce the layer, dropped ones are zero, and causal masks survive."""
+    options = {"relative_bias": True, "num_kv_heads": 2, **geometry}
+    layer = flax_layers.NeighborhoodAttention(16, 4, dropout_rate=0.5, **options, rngs=nnx.Rngs(0, dropout=1))
+    x = tokens(layer.geometry.rank)
+    expected = layer(x, deterministic=True)
+    np.testing.assert_allclose(expected, by_hand(layer, x), atol=2e-5)
+    q, k, v = layer._heads(x)
+    attended = {
+        name: _functional.attend(q, k, v, layer.geometry, bias=layer.rpb[...], dropout=dropout)
+        for name, dropout in {"kept": lambda w: w, "halved": lambda w: w / 2, "fused": None}.items()
+    }
+    np.testing.assert_allclose(attended["kept"], attended["fused"], atol=1e-5)
+    np.testing.assert_allclose(attended["halved"], attended["fused"] / 2, atol=1e-5)
+    # The mean of 25 draws is five times as close as one draw.
+    call = nnx.jit(lambda layer, x: layer(x))
+    draws = np.stack([call(layer, x) for _ in range(25)])
+    assert np.abs(draws.mean(0) - expected).mean() < 0.35 * np.abs(draws[0] - expected).mean()
+    first, second = (layer(x, rngs=nnx.Rngs(dropout=7)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    grads = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    module = linen.NeighborhoodAttention(4, dropout_rate=0.5, **options)
+    params = {"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}
+    np.testing.assert_allclose(module.apply(params, x, deterministic=True), expected, atol=1e-6)
+    dropped = module.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    assert np.abs(dropped - expected).max() > 0.01
