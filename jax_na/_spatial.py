@@ -66,6 +66,15 @@ def exchange(x: Array, axis: int, names: Axes, shards: int, left: int, right: in
     return lax.concatenate(parts, axis) if len(parts) > 1 else x
 
 
+def _from_zero_on(x: Array, axis: int, left: int, offset: Array) -> Array:
+    """Move what lies before position 0 to the end of the tile: where positions are divided by a dilation, none is negative."""
+    if left == 0:
+        return x
+    width = x.shape[axis]
+    x = lax.concatenate([x, lax.slice_in_dim(x, 0, left, axis=axis)], axis)
+    return lax.dynamic_slice_in_dim(x, jnp.maximum(left - offset, 0), width, axis)
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
     """How a call is split: mesh axes per dimension, global lengths, and the halo of each spatial axis."""
@@ -124,7 +133,10 @@ def _local(spec: Spec, split: Split, inputs: Inputs) -> tuple[Array, Array]:
             key, value = (exchange(x, first + axis, axes, split.ways(axes), left, right) for x in (key, value))
             offset = linear_index(sizes, axes) * block
             offset = jnp.where(offset < length, offset, 0)
-        rows.append([offset, offset - left, length])
+            if spec.dilation[axis] > 1:
+                key, value = (_from_zero_on(x, first + axis, left, offset) for x in (key, value))
+        start = offset - left if spec.dilation[axis] == 1 else jnp.maximum(offset - left, 0)
+        rows.append([offset, start, length])
     halo = jnp.stack([jnp.stack([jnp.asarray(entry, jnp.int32) for entry in row]) for row in rows])
     inputs = inputs._replace(key=key, value=value)
     _backends.choose(None, spec, inputs)
