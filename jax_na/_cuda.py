@@ -182,8 +182,42 @@ def fused_workspace_bytes(spec: Spec, inputs: Inputs) -> int:
     return sum(-(-part // 256) * 256 for part in parts)
 
 
+def _why_not_hopper(spec: Spec, inputs: Inputs, is_backward: bool) -> str | None:
+    """``why_not_forward`` in ``cuda/fused/plan_sm90.cc`` and the checks of ``hopper::backward``, for what is known statically."""
+    dtype, dim, dim_v = str(inputs.query.dtype), inputs.query.shape[-1], inputs.value.shape[-1]
+    dims = (32, 64, 128) if is_backward else (32, 64, 128, 256)
+    if dtype not in ("float16", "bfloat16"):
+        return f"the Hopper kernels serve float16 and bfloat16, query has {dtype}"
+    if dim != dim_v or dim not in dims:
+        served = ", ".join(map(str, dims))
+        return f"the Hopper kernels serve equal head dimensions of key and value in {served}, not {dim} and {dim_v}"
+    if inputs.bias is not None:
+        return "the Hopper kernels have no bias"
+    if not spec.scale > 0:
+        return f"the Hopper kernels need a positive scale, not {spec.scale}"
+    queries, keys = spec.spatial(inputs.query), spec.spatial(inputs.key)
+    for axis, (dilation, q_len, kv_len) in enumerate(zip(spec.dilation, queries, keys, strict=True)):
+        if dilation > 8 and (q_len % dilation or kv_len % dilation):
+            return (
+                f"the Hopper kernels need a dilation of at most 8, or one that divides its axis: axis {axis} has dilation "
+                f"{dilation} and {q_len} queries, {kv_len} keys"
+            )
+    if math.prod(inputs.query.shape[:-1]) >= 2**31 or math.prod(inputs.key.shape[:-1]) >= 2**31:
+        return "the Hopper kernels count tokens and heads in 31 bits"
+    return None
+
+
+def hopper_backward_bytes(spec: Spec, inputs: Inputs) -> int:
+    """``BackwardWorkspace`` in ``cuda/fused/backward_sm90.h``: lse and delta, window tables, dq in float32."""
+    rows = math.prod(inputs.query.shape[:-1])
+    axis_tokens = sum(spec.spatial(inputs.query)) + sum(spec.spatial(inputs.key)) + 2 * (3 - len(spec.window))
+    parts = [8 * rows, 8 * axis_tokens, 0 if spec.deterministic else 4 * rows * inputs.query.shape[-1]]
+    return sum(-(-part // 256) * 256 for part in parts)
+
+
 # In order of preference: among those that serve a call statically, the first that runs on the device of the call is taken.
 FAMILIES: tuple[Family, ...] = (
+    Family("hopper", 90, True, _why_not_hopper, backward_workspace=hopper_backward_bytes),
     Family(
         "fused",
         80,
