@@ -573,6 +573,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) o[i] *= factor[i / 2 % 2];
         pack_probabilities<T, kN>(p, s);
+        drain_v(s_tile);  // or the producer could not get to the keys of s_tile + kStages
         p_tile = s_tile;
       }
       if (k_tile == num_tiles) {  // the last product with Q is done: the next queries may come
