@@ -7,7 +7,7 @@ comma := ,
 GPU_EXTRA := $(if $(HAS_GPU),$(comma)cuda)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda jax_na flax_layers -type f -not -name '*.pyc' 2>/dev/null)
 
-.PHONY: demo test lint cuda clean
+.PHONY: demo test parity lint cuda clean
 
 # A script, not -m: so that the installed package with its CUDA lane is imported, not the checkout.
 demo: .venv-demo/installed
@@ -15,6 +15,10 @@ demo: .venv-demo/installed
 
 test: .venv-test/installed
 	.venv-test/bin/python -m pytest -n 2 tests
+
+# The models beside PyTorch models written by others, with the same random weights.
+parity: .venv-parity/installed
+	.venv-parity/bin/python -m pytest tests/flax_layers/test_parity.py
 
 lint: .venv-lint/installed
 	.venv-lint/bin/ruff check .
@@ -29,8 +33,10 @@ cuda: .venv-cuda/installed
 
 .venv-demo/installed: EXTRAS = demo
 .venv-test/installed: EXTRAS = test
+.venv-parity/installed: EXTRAS = test,parity
 .venv-lint/installed: EXTRAS = dev,test
 .venv-cuda/installed: EXTRAS = test
+.venv-parity/installed: CUDA = OFF
 .venv-lint/installed: CUDA = OFF
 .venv-cuda/installed: CUDA = ON
 
@@ -41,4 +47,4 @@ cuda: .venv-cuda/installed
 	touch $@
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-lint .venv-cuda build
+	rm -rf .venv-demo .venv-test .venv-parity .venv-lint .venv-cuda build

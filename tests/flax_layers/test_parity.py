@@ -23,9 +23,9 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) > (4, 49):
         allow_module_level=True,
     )
 
-EMBED_DIM, DEPTHS, HEADS = 32, (2, 2, 1), (1, 2, 4)
+EMBED_DIM, DEPTHS, HEADS = 32, (2, 1, 1), (1, 2, 4)
 SHAPE = {"embed_dim": EMBED_DIM, "depths": list(DEPTHS), "num_heads": list(HEADS), "mlp_ratio": 3.0, "num_labels": 11}
-DILATIONS = ((1, 3), (1, 2), (1,))
+DILATIONS = ((1, 3), (2,), (1,))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_logits_and_every_feature_level(theirs, name):
 
 
 def test_small_images_are_padded_as_there(theirs):
-    ours = checkpoints.from_state_dict(make("dinat", fit="pad"), theirs["dinat"].state_dict())
+    ours = checkpoints.from_state_dict(make("dinat", fit="pad", implementation="reference"), theirs["dinat"].state_dict())
     with pytest.warns(WindowFitWarning):
         compare(theirs["dinat"], ours, 48)
 
