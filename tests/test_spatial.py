@@ -241,6 +241,19 @@ def test_other_transformations():
     )
 
 
+def test_export_for_several_devices():
+    """The exchange is part of the exported program; a call on an Auto mesh is left to XLA's partitioner, and is right."""
+    mesh = make_mesh()
+    given = tuple(operands((16,)).values())
+    whole = functools.partial(jax_na.neighborhood_attention, window_size=5)
+    split = functools.partial(jax_na.sharded_neighborhood_attention, partition=P(None, "y"), mesh=mesh, window_size=5)
+    for function in (whole, split):
+        placed = tuple(jax.device_put(a, NamedSharding(mesh, P(None, "y"))) for a in given)
+        exported = jax.export.deserialize(jax.export.export(jax.jit(function))(*placed).serialize())
+        assert exported.nr_devices == 8
+        np.testing.assert_allclose(jax.jit(exported.call)(*placed), whole(*given), rtol=1e-6, atol=1e-6)
+
+
 def test_the_definition_agrees():
     """The same through implementation="reference": the halo operand means the same to every implementation."""
     compare(operands((7, 8)), make_mesh(), P(None, None, "y"), exact=False, window_size=3, implementation="reference")
