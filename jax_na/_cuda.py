@@ -162,6 +162,8 @@ def _why_not_fused(spec: Spec, inputs: Inputs, is_backward: bool = False) -> str
     dim = max(inputs.query.shape[-1], inputs.value.shape[-1])
     if reason is None and dim > 256:
         reason = f"the fused kernels serve head dimensions up to 256, query and value have up to {dim}"
+    if is_backward and inputs.extra_key is not None and not all(isinstance(n, int) for n in inputs.query.shape):
+        reason = reason or "the fused kernels split additional keys by the batch size, and that is symbolic"
     return reason
 
 
@@ -202,7 +204,8 @@ def _why_not_hopper(spec: Spec, inputs: Inputs, is_backward: bool) -> str | None
                 f"the Hopper kernels need a dilation of at most 8, or one that divides its axis: axis {axis} has dilation "
                 f"{dilation} and {q_len} queries, {kv_len} keys"
             )
-    if math.prod(inputs.query.shape[:-1]) >= 2**31 or math.prod(inputs.key.shape[:-1]) >= 2**31:
+    rows = [math.prod(array.shape[:-1]) for array in (inputs.query, inputs.key)]
+    if any(isinstance(count, int) and count >= 2**31 for count in rows):  # of a symbolic batch, the kernels see it at run time
         return "the Hopper kernels count tokens and heads in 31 bits"
     return None
 
@@ -290,7 +293,8 @@ def _like(array: Array, shape: tuple[int, ...] | None = None, dtype: Any = None)
 
 def _workspace(num_bytes: list[int]) -> jax.ShapeDtypeStruct:
     """Scratch memory is one more result: the handler allocates nothing, so that CUDA graphs can capture it."""
-    return jax.ShapeDtypeStruct((max(num_bytes),), jnp.uint8)
+    static = all(isinstance(count, int) for count in num_bytes)
+    return jax.ShapeDtypeStruct((max(num_bytes) if static else sum(num_bytes),), jnp.uint8)  # symbols may have no maximum
 
 
 def _flat(inputs: Inputs) -> list[Array]:

@@ -290,10 +290,22 @@ def test_export_with_a_symbolic_batch(lead):
     close(export.deserialize(exported.serialize()).call(q, k, v, bias), values_and_gradients(q, k, v, bias))
 
 
-def test_symbolic_batch_on_cuda():
+@pytest.mark.parametrize("implementation", ["cuda", "cuda_hopper", "cuda_fused", "cuda_naive"])
+def test_symbolic_batch_on_cuda(implementation):
     shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 32, 2, 32"), jnp.bfloat16)
     make = functools.partial(export.export, platforms=["cuda"], disabled_checks=jax_na.EXPORT_SAFETY_CHECKS)
-    assert "jax_na_backward" in make(jax.jit(gradient(on_cuda)))(shape, shape, shape).mlir_module()
+    named = functools.partial(attend, implementation=implementation)
+    assert "jax_na_backward" in make(jax.jit(gradient(named)))(shape, shape, shape).mlir_module()
+
+
+def test_symbolic_batch_on_cuda_with_additional_keys():
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 32, 2, 32"), jnp.bfloat16)
+    make = functools.partial(export.export, platforms=["cuda"], disabled_checks=jax_na.EXPORT_SAFETY_CHECKS)
+
+    def call(q, k, v):
+        return on_cuda(q, k, v, additional_keys=k[:, :3], additional_values=v[:, :3])
+
+    assert "jax_na_backward" in make(jax.jit(gradient(call)))(shape, shape, shape).mlir_module()
 
 
 def test_ahead_of_time_compilation():
