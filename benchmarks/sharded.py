@@ -66,7 +66,7 @@ def milliseconds(function: Any, *given: Any, budget: float) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(*given))
     once = time.perf_counter() - start
-    calls = max(1, min(20, int(budget / 5 / max(once, 1e-5))))
+    calls = max(3, min(20, int(budget / 5 / max(once, 1e-5))))
     rounds = []
     for _ in range(5 if once < budget / 5 else 1):
         start = time.perf_counter()

@@ -205,7 +205,9 @@ def _why_not_hopper(spec: Spec, inputs: Inputs, is_backward: bool) -> str | None
                 f"{dilation} and {q_len} queries, {kv_len} keys"
             )
     rows = [math.prod(array.shape[:-1]) for array in (inputs.query, inputs.key)]
-    if any(isinstance(count, int) and count >= 2**31 for count in rows):  # of a symbolic batch, the kernels see it at run time
+    if any(
+        isinstance(count, int) and count >= 2**31 for count in rows
+    ):  # of a symbolic batch, the kernels see it at run time
         return "the Hopper kernels count tokens and heads in 31 bits"
     return None
 
