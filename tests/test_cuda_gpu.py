@@ -187,14 +187,14 @@ def test_inside_cuda_graphs(implementation, tmp_path):
     assert captured, thunks
 
 
-def raw_call(**changes):
-    """The forward custom call with attributes of one's own, to see what the handler says."""
+def raw_call(out_length=16, **changes):
+    """The forward custom call with attributes and an output of one's own, to see what the handler says."""
     array = jnp.ones((1, 16, 2, 32), jnp.float32)
     spec = Case("1d", (16,), 3).spec()
     inputs = _primitives.Inputs(array, array, array)
     attributes = _cuda._attributes(spec, [_cuda.FAMILIES[-1]], inputs, False) | changes
     results = (
-        jax.ShapeDtypeStruct(array.shape, array.dtype),
+        jax.ShapeDtypeStruct((1, out_length, 2, 32), array.dtype),
         jax.ShapeDtypeStruct(array.shape[:-1], jnp.float32),
         jax.ShapeDtypeStruct((0,), jnp.uint8),
     )
@@ -209,6 +209,7 @@ def raw_call(**changes):
         ({"candidates": "nonsense"}, "no kernel family serves.*nonsense is not in this build"),
         ({"window": np.array([17])}, "does not allow window 17"),
         ({"window": np.array([3, 3])}, "one entry for each of 1 to 3 axes"),
+        ({"out_length": 15}, r"out is \[1, 15, 2, 32\] of element type \d+, expected 1024 elements"),
         ({"has_bias": np.bool_(True)}, "4 operands and 3 results, which its attributes do not explain"),
     ],
 )

@@ -7,6 +7,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <string>
@@ -141,6 +142,10 @@ ffi::Error make_problem(const Attributes& attributes, const Operands& operands, 
     }
   }
   if (operands.extra_key) {
+    if (operands.extra_key->dimensions().size() != lead + 3) {
+      return invalid("extra_key " + to_string(operands.extra_key->dimensions()) +
+                     ": expected [..., tokens, heads, head_dim]");
+    }
     problem->num_extra = static_cast<int32_t>(operands.extra_key->dimensions()[lead]);
   }
   problem->sharded = attributes.sharded;
@@ -201,6 +206,44 @@ struct Call {
   }
 };
 
+// A buffer that must hold `count` elements of `type`.
+struct Expected {
+  const char* name;
+  const ffi::AnyBuffer* buffer;  // null: the call has no such operand
+  ffi::DataType type;
+  int64_t count;
+};
+
+ffi::Error check_buffers(std::initializer_list<Expected> list) {
+  for (const Expected& expected : list) {
+    if (expected.buffer == nullptr) continue;
+    const ffi::AnyBuffer& buffer = *expected.buffer;
+    if (static_cast<int64_t>(buffer.element_count()) != expected.count || buffer.element_type() != expected.type) {
+      return invalid(std::string(expected.name) + " is " + to_string(buffer.dimensions()) + " of element type " +
+                     std::to_string(static_cast<int>(buffer.element_type())) + ", expected " +
+                     std::to_string(expected.count) + " elements of type " +
+                     std::to_string(static_cast<int>(expected.type)));
+    }
+  }
+  return ffi::Error::Success();
+}
+
+const ffi::AnyBuffer* pointer(const std::optional<ffi::AnyBuffer>& buffer) { return buffer ? &*buffer : nullptr; }
+
+// The sizes that follow from the problem: of operands, or of their gradients.
+ffi::Error check_operands(const Problem& problem, const Operands& operands, ffi::DataType type) {
+  const int64_t keys = problem.batch * problem.kv_tokens() * problem.kv_heads;
+  const int64_t extra = problem.batch * problem.num_extra * problem.kv_heads;
+  int64_t entries = problem.bias_batch * problem.heads;
+  for (const Axis& axis : problem.axis) entries *= 2 * axis.window - 1;
+  return check_buffers({{"query", &operands.query, type, problem.batch * problem.q_tokens() * problem.heads * problem.dim},
+                        {"key", &operands.key, type, keys * problem.dim},
+                        {"value", &operands.value, type, keys * problem.dim_v},
+                        {"bias", pointer(operands.bias), type, entries},
+                        {"extra_key", pointer(operands.extra_key), type, extra * problem.dim},
+                        {"extra_value", pointer(operands.extra_value), type, extra * problem.dim_v}});
+}
+
 ForwardBuffers forward_buffers(const Operands& operands, const ffi::AnyBuffer& halo, const ffi::AnyBuffer& out,
                                const ffi::AnyBuffer& lse, const ffi::AnyBuffer& workspace) {
   ForwardBuffers buffers;
@@ -235,6 +278,14 @@ ffi::Error forward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs rema
   Call call;
   const ffi::Error error = call.prepare(attributes, operands, ordinal);
   if (error.failure() || call.problem.batch == 0) return error;
+  const ffi::DataType type = operands.query.element_type();
+  const int64_t rows = call.problem.batch * call.problem.q_tokens() * call.problem.heads;
+  for (const ffi::Error& checked :
+       {check_operands(call.problem, operands, type), check_buffers({{"out", &out, type, rows * call.problem.dim_v},
+                                                                     {"lse", &lse, ffi::F32, rows},
+                                                                     {"halo", &halo, ffi::S32, 3 * call.problem.rank}})}) {
+    if (checked.failure()) return checked;
+  }
   const ForwardBuffers buffers = forward_buffers(operands, halo, out, lse, workspace);
   return run(attributes.candidates, call.device, "forward",
              [&](const Family& family) { return family.forward(call.problem, buffers, call.options, stream); });
@@ -256,6 +307,17 @@ ffi::Error backward(cudaStream_t stream, int32_t ordinal, ffi::RemainingArgs rem
   Call call;
   const ffi::Error error = call.prepare(attributes, operands, ordinal);
   if (error.failure() || call.problem.batch == 0) return error;
+  const ffi::DataType type = operands.query.element_type();
+  const int64_t rows = call.problem.batch * call.problem.q_tokens() * call.problem.heads;
+  for (const ffi::Error& checked :
+       {check_operands(call.problem, operands, type), check_operands(call.problem, gradients, type),
+        check_buffers({{"out", &out, type, rows * call.problem.dim_v},
+                       {"grad_out", &grad_out, type, rows * call.problem.dim_v},
+                       {"lse", &lse, ffi::F32, rows},
+                       {"grad_lse", pointer(grad_lse), ffi::F32, rows},
+                       {"halo", &halo, ffi::S32, 3 * call.problem.rank}})}) {
+    if (checked.failure()) return checked;
+  }
   BackwardBuffers buffers;
   buffers.forward = forward_buffers(operands, halo, out, lse, workspace);
   buffers.grad_out = grad_out.untyped_data();
