@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import multiprocessing
+import os
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,14 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
     return results
 
 
+def take_gpu(counter: Any) -> None:
+    """Workers take turns among the GPUs of a machine: JAX_NA_SPREAD_OVER_GPUS=4."""
+    if "JAX_NA_SPREAD_OVER_GPUS" in os.environ:
+        with counter.get_lock():
+            counter.value += 1
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(counter.value % int(os.environ["JAX_NA_SPREAD_OVER_GPUS"]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementation", default="cuda")
@@ -80,7 +89,9 @@ def main() -> int:
         for i in range(arguments.workers * 4)
     ]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        arguments.workers, mp_context=context, initializer=take_gpu, initargs=(context.Value("i", 0),)
+    ) as pool:
         parts = list(pool.map(functools.partial(check_range, arguments.implementation), chunks))
     results = [row for part in parts for row in part]
     served = [row for row in results if row[1] != "refused"]

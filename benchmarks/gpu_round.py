@@ -9,6 +9,8 @@ Exit status 1 if a test failed or was skipped, a random problem was wrong, or th
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -45,7 +47,7 @@ def run_tests(arguments: list[str]) -> dict[str, Any]:
     report = pathlib.Path("gpu_tests.xml").resolve()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", "tests", *arguments]
     if importlib.util.find_spec("xdist"):  # compilation by XLA is most of the time
-        command += ["-n", "10", "--dist", "loadgroup"]
+        command += ["-n", str(min(24, (os.cpu_count() or 4) // 2)), "--dist", "loadgroup"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -78,7 +80,6 @@ def run_fuzz(implementations: list[str], count: int) -> dict[str, Any]:
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
         result[name] = json.loads(lines[-1]) if lines else {"failed": count, "failures": [process.stderr[-1500:]]}
-        print("fuzz:", result[name], flush=True)
     return result
 
 
@@ -200,16 +201,18 @@ def main() -> int:
     def save() -> None:
         out.write_text(json.dumps(result, indent=1) + "\n")
 
-    if "tests" not in arguments.skip:
-        result["tests"] = run_tests(arguments.pytest)
-        print("tests:", result["tests"])
-        save()
-    if "fuzz" not in arguments.skip:
-        result["fuzz"] = run_fuzz([name for name in arguments.implementations if name in FUZZED], arguments.fuzz)
-        save()
-    if "sanitizer" not in arguments.skip:
-        result["sanitizer"] = run_sanitizer(arguments.implementations)
-        print("sanitizer:", result["sanitizer"])
+    # Compilation is most of their time, so the checks run side by side; the rows have the machine to themselves.
+    fuzzed = [name for name in arguments.implementations if name in FUZZED]
+    checks = {
+        "tests": functools.partial(run_tests, arguments.pytest),
+        "fuzz": functools.partial(run_fuzz, fuzzed, arguments.fuzz),
+        "sanitizer": functools.partial(run_sanitizer, arguments.implementations),
+    }
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = {name: pool.submit(check) for name, check in checks.items() if name not in arguments.skip}
+    for name, outcome in running.items():
+        result[name] = outcome.result()
+        print(f"{name}:", result[name], flush=True)
         save()
     if "rows" not in arguments.skip:
         rows = run_rows(arguments.implementations, arguments.problems, arguments.dtypes, arguments.neighbours)

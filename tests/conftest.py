@@ -2,8 +2,14 @@
 
 import os
 
-import jax
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ and "JAX_NA_SPREAD_OVER_GPUS" in os.environ:
+    # Workers take turns among the GPUs of a machine: "JAX_NA_SPREAD_OVER_GPUS=4".
+    _worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(_worker % int(os.environ["JAX_NA_SPREAD_OVER_GPUS"]))
+
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
