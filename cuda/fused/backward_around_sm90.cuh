@@ -40,6 +40,7 @@ struct PrepareParams {
   float* grad_query_f32;  // [batch, q tokens, heads, dim] to zero, or null
   int64_t num_rows;       // batch * q tokens * heads
   FastDivisor heads, q_tokens;
+  uint32_t* tile_counters;  // one per pass, to zero
   // The window tables: blocks from table_block on.
   uint32_t table_block;
   int32_t rank, sharded;
@@ -91,6 +92,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kAroundThreads) backward_prepare_kernel(const __grid_constant__ PrepareParams params) {
   if (blockIdx.x >= params.table_block) {
     const uint32_t row = (blockIdx.x - params.table_block) * kAroundThreads + threadIdx.x;
+    if (row < 2) params.tile_counters[row] = 0;
     write_interval<BackwardPass::kKeys>(params, params.queries_of_keys, row);
     write_interval<BackwardPass::kQueries>(params, params.keys_of_queries, row);
     return;

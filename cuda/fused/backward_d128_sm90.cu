@@ -4,7 +4,7 @@
 namespace jax_na::hopper {
 
 template <typename T, BackwardPass kPass>
-using Config = BackwardConfig<T, 128, 64, 2, 2, 1, kPass>;
+using Config = BackwardConfig<T, 128, 64, 2, 2, 1, 1, kPass>;
 
 template <>
 Status launch_backward<128>(const BackwardLaunch& launch, cudaStream_t stream) {

@@ -4,7 +4,7 @@
 namespace jax_na::hopper {
 
 template <typename T, BackwardPass kPass>
-using Config = BackwardConfig<T, 32, 64, 1, 2, 3, kPass>;
+using Config = BackwardConfig<T, 32, 64, 1, 3, 2, 3, kPass>;
 
 template <>
 Status launch_backward<32>(const BackwardLaunch& launch, cudaStream_t stream) {

@@ -5,9 +5,9 @@
 namespace jax_na::hopper {
 
 template <typename T, BackwardPass kPass>
-using LargeConfig = BackwardConfig<T, 64, 128, 2, 2, 1, kPass>;
+using LargeConfig = BackwardConfig<T, 64, 128, 2, 2, 2, 1, kPass>;
 template <typename T>
-using SmallConfig = BackwardConfig<T, 64, 64, 1, 2, 2, BackwardPass::kKeys>;
+using SmallConfig = BackwardConfig<T, 64, 64, 1, 2, 2, 2, BackwardPass::kKeys>;
 
 template <>
 Status launch_backward<64>(const BackwardLaunch& launch, cudaStream_t stream) {

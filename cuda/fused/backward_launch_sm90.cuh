@@ -15,7 +15,9 @@ Status launch_config(const BackwardLaunch& launch, cudaStream_t stream) {
   static_assert(kBytes <= 227 * 1024, "shared memory");
   cudaError_t error = cudaFuncSetAttribute(backward_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error == cudaSuccess) {
-    backward_kernel<C><<<dim3(uint32_t(launch.num_tiles)), C::kThreads, kBytes, stream>>>(*launch.params);
+    const uint32_t resident = uint32_t(launch.num_sms) * C::kMinCtas;
+    const uint32_t grid = launch.params->num_tiles < resident ? launch.params->num_tiles : resident;
+    backward_kernel<C><<<dim3(grid), C::kThreads, kBytes, stream>>>(*launch.params);
     error = cudaGetLastError();
   }
   if (error == cudaSuccess) return {};

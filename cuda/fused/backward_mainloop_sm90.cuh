@@ -20,7 +20,7 @@
 namespace jax_na::hopper {
 
 // Registers and shared memory per configuration: see DESIGN.md, "Backward".
-template <typename T_, int D, int kInnerRows, int kWarpgroups, int kRing, int kCtasPerSm, BackwardPass kPass_>
+template <typename T_, int D, int kInnerRows, int kWarpgroups, int kRing, int kOuterRing, int kCtasPerSm, BackwardPass kPass_>
 struct BackwardConfig {
   using T = T_;
   static constexpr BackwardPass kPass = kPass_;
@@ -28,7 +28,9 @@ struct BackwardConfig {
   static constexpr int kConsumers = kWarpgroups;
   static constexpr int kOuter = 64 * kWarpgroups;  // rows: keys in pass kKeys
   static constexpr int kInner = kInnerRows;        // columns: queries in pass kKeys
-  static constexpr int kStages = kRing;
+  static constexpr int kStages = kRing;            // of inner boxes
+  static constexpr int kOuterStages = kOuterRing;  // of outer tiles
+  static constexpr int kTileStages = 2;            // of what is known about a tile
   static constexpr int kMinCtas = kCtasPerSm;
   static constexpr bool kReallocateRegisters = kConsumers > 1;
   static constexpr int kConsumerThreads = 128 * kConsumers;
@@ -45,7 +47,7 @@ struct BackwardConfig {
   static_assert(kSplitChannels ? kInner == 64 : kInner == 64 * kConsumers, "dq split");
 };
 
-// One axis of the tile at hand. Ordinals count the tokens of the dilation group that lie in this shard.
+// One axis of a tile. Ordinals count the tokens of the dilation group that lie in this shard.
 struct TileAxis {
   int32_t inner_first, inner_begin;  // first inner token of the group; ordinal of the first inner token any row needs
   int32_t range;                     // inner tokens from there on
@@ -53,41 +55,53 @@ struct TileAxis {
   int32_t full_begin, full_end;      // the ordinals every row of the tile sees
 };
 
-// What the producer says about a box along with its tiles.
+// What the producer says about an outer tile.
+template <class C>
+struct TileRecord {
+  int2 interval[kMaxRank][C::kOuter];  // the inner ordinals each row sees
+  int32_t outer_row[C::kOuter];        // of each row: token within the batch entry, or -1
+  int32_t boxes;                       // to visit; kNoTile: the work is done
+  int32_t head, batch;                 // of the outer side
+};
+constexpr int32_t kNoTile = -1;
+
+// What the producer says about a box.
 struct alignas(16) BoxRecord {
   int32_t origin[kMaxRank];  // inner ordinals
   int32_t full;              // every row sees the whole box
-  int64_t dq_offset;         // of the box's first query and its head in grad_query_f32, in elements
+  int64_t dq_offset;         // of the box's first query and its head in dq, in elements
   uint32_t last;             // packed coordinates of the last token that lies in the range
 };
 
 template <class C>
 struct BackwardShared {
-  alignas(1024) uint8_t outer0[C::kChannelBlocks * C::kOuterBlockBytes];
-  alignas(1024) uint8_t outer1[C::kChannelBlocks * C::kOuterBlockBytes];
+  alignas(1024) uint8_t outer0[C::kOuterStages][C::kChannelBlocks * C::kOuterBlockBytes];
+  alignas(1024) uint8_t outer1[C::kOuterStages][C::kChannelBlocks * C::kOuterBlockBytes];
   alignas(1024) uint8_t inner0[C::kStages][C::kChannelBlocks * C::kInnerBlockBytes];
   alignas(1024) uint8_t inner1[C::kStages][C::kChannelBlocks * C::kInnerBlockBytes];
   alignas(1024) uint8_t ds[C::kDsBuffers > 0 ? C::kDsBuffers : 1][C::kDsBuffers > 0 ? C::kOuter * C::kInner * 2 : 16];
   alignas(16) float2 stats[C::kStages][C::kInner];
   BoxRecord box[C::kStages];
   alignas(16) uint4 prefix[kMaxPrefixRows];
-  int2 interval[kMaxRank][C::kOuter];  // the inner ordinals each row sees
-  int2 inner_row[C::kInner];           // of each column: packed coordinates, token relative to the first of its box
-  int32_t outer_row[C::kOuter];        // of each row: token within the batch entry, or -1
-  TileAxis axis[kMaxRank];
+  int2 inner_row[C::kInner];  // of each column: packed coordinates, token relative to the first of its box
+  TileRecord<C> tile[C::kTileStages];
+  TileAxis axis[kMaxRank];  // of the producer's tile, its own
   alignas(8) uint64_t full[C::kStages];
   uint64_t empty[C::kStages];
-  uint64_t outer_full;
+  uint64_t outer_full[C::kOuterStages];
+  uint64_t outer_empty[C::kOuterStages];
+  uint64_t tile_full[C::kTileStages];
+  uint64_t tile_empty[C::kTileStages];
 };
 
-// Which tile, head and dilation group this CTA has; the same on all threads.
+// Which tile, head and dilation group a number stands for.
 struct TileIndex {
   int32_t tile[kMaxRank];
   int32_t group[kMaxRank];
   int32_t head;  // of the outer side
   int32_t batch;
 
-  // Tiles of one head and group are neighbours in launch order: they share what they read in L2.
+  // Tiles of one head and group follow one another: they share what they read in L2.
   __device__ __forceinline__ TileIndex(const BackwardParams& params, uint32_t linear) {
 #pragma unroll
     for (int a = kMaxRank - 1; a >= 0; --a) tile[a] = params.axis[a].tiles.split(linear);
@@ -157,41 +171,42 @@ __device__ __forceinline__ bool not_beyond(uint32_t packed, uint32_t last) {
   return (((last | kGuards) - packed) & kGuards) == kGuards;
 }
 
-// The tables of one CTA, by its consumer threads.
+// The tables that are the same for every tile, by the consumer threads.
 template <class C>
-__device__ __forceinline__ void fill_tables(const BackwardParams& params, BackwardShared<C>& shared,
-                                            const TileIndex& index) {
-  const int thread = threadIdx.x;
-  for (int i = thread; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
-  if (thread < C::kOuter) {
-    const uint32_t packed = packed_coordinates(thread, params.outer_box1, params.outer_box2);
-    bool valid = thread < params.outer_volume;
-    int2 interval[kMaxRank];
-    int32_t token = 0;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const BackwardAxis& plan = params.axis[a];
-      const GroupTokens outer = outer_tokens<C::kPass>(params, index, a);
-      const int32_t ordinal = index.tile[a] * plan.outer_box + coordinate(packed, a);
-      const int32_t x = outer.first + ordinal * plan.dilation;
-      const bool inside = ordinal < outer.count;
-      valid &= inside;
-      interval[a] = inside ? params.intervals[plan.table_row + x] : make_int2(0, 0);
-      token += x * plan.outer_token_stride;
-    }
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) shared.interval[a][thread] = valid ? interval[a] : make_int2(0, 0);
-    shared.outer_row[thread] = valid ? token : -1;
-  }
-  if (thread < C::kInner) {
-    const uint32_t packed = packed_coordinates(thread, params.inner_box1, params.inner_box2);
+__device__ __forceinline__ void fill_tables(const BackwardParams& params, BackwardShared<C>& shared) {
+  for (int i = threadIdx.x; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
+  if (threadIdx.x < C::kInner) {
+    const uint32_t packed = packed_coordinates(threadIdx.x, params.inner_box1, params.inner_box2);
     int32_t token = 0;
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
       token += coordinate(packed, a) * params.axis[a].dilation * params.axis[a].inner_token_stride;
     }
-    shared.inner_row[thread] = make_int2(packed, token);
+    shared.inner_row[threadIdx.x] = make_int2(packed, token);
   }
+}
+
+// Row `row` of a tile: what it sees, where it lies.
+template <class C>
+__device__ __forceinline__ void fill_row(const BackwardParams& params, TileRecord<C>& record, const TileIndex& index,
+                                         const GroupTokens (&outer)[kMaxRank], int row) {
+  const uint32_t packed = packed_coordinates(row, params.outer_box1, params.outer_box2);
+  bool valid = row < params.outer_volume;
+  int2 interval[kMaxRank];
+  int32_t token = 0;
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    const BackwardAxis& plan = params.axis[a];
+    const int32_t ordinal = index.tile[a] * plan.outer_box + coordinate(packed, a);
+    const int32_t x = outer[a].first + ordinal * plan.dilation;
+    const bool inside = ordinal < outer[a].count;
+    valid &= inside;
+    interval[a] = inside ? params.intervals[plan.table_row + x] : make_int2(0, 0);
+    token += x * plan.outer_token_stride;
+  }
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) record.interval[a][row] = valid ? interval[a] : make_int2(0, 0);
+  record.outer_row[row] = valid ? token : -1;
 }
 
 // Walks the boxes of a tile: query heads of the group outermost, then axis 0, 1, 2.
@@ -230,43 +245,47 @@ __device__ __forceinline__ void load_tile(const CUtensorMap* map, const MapCoord
 
 // ---- producer: one warp ----
 template <class C>
-__device__ __forceinline__ void load_outer(const BackwardParams& params, BackwardShared<C>& shared,
-                                           const TileIndex& index) {
-  int32_t token[kMaxRank];
-#pragma unroll
-  for (int a = 0; a < kMaxRank; ++a) {
-    const BackwardAxis& plan = params.axis[a];
-    token[a] = outer_tokens<C::kPass>(params, index, a).first + index.tile[a] * plan.outer_box * plan.dilation;
-  }
-  const MapCoords at = map_coords(params.outer_layout, index.head * C::kDim, token, index.batch);
-  sm90::mbarrier_arrive_expect_tx(&shared.outer_full, 2 * params.outer_volume * C::kDim * sizeof(typename C::T));
-  load_tile<C>(&params.outer0, at, shared.outer0, &shared.outer_full, C::kOuterBlockBytes);
-  load_tile<C>(&params.outer1, at, shared.outer1, &shared.outer_full, C::kOuterBlockBytes);
-}
+struct Producer {
+  static constexpr bool kKeysPass = C::kPass == BackwardPass::kKeys;
+  static constexpr int kRowsPerLane = C::kInner / 32;
 
-template <class C>
-__device__ __forceinline__ void produce(const BackwardParams& params, BackwardShared<C>& shared, const TileIndex& index,
-                                        int32_t boxes) {
-  constexpr bool kKeysPass = C::kPass == BackwardPass::kKeys;
-  constexpr int kRowsPerLane = C::kInner / 32;
-  const int lane = threadIdx.x % 32;
-  // Columns beyond the box have the coordinates of no token: they are beyond `last` on axis 0.
+  const BackwardParams& params;
+  BackwardShared<C>& shared;
+  const int lane;
+  // Of the columns this lane loads lse and delta for. Columns beyond the box are beyond every `last` on axis 0.
   uint32_t coordinates[kRowsPerLane];
   int32_t row_token[kRowsPerLane];
+  sm90::RingPosition<C::kStages> ring;
+  sm90::RingPosition<C::kOuterStages> outer_ring;
+  sm90::RingPosition<C::kTileStages> tile_ring;
+
+  __device__ __forceinline__ Producer(const BackwardParams& p, BackwardShared<C>& s)
+      : params(p), shared(s), lane(threadIdx.x % 32) {
 #pragma unroll
-  for (int i = 0; i < kRowsPerLane; ++i) {
-    coordinates[i] = packed_coordinates(lane + 32 * i, params.inner_box1, params.inner_box2);
-    row_token[i] = 0;
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      coordinates[i] = packed_coordinates(lane + 32 * i, params.inner_box1, params.inner_box2);
+      row_token[i] = 0;
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      row_token[i] += coordinate(coordinates[i], a) * params.axis[a].dilation * params.axis[a].inner_token_stride;
+      for (int a = 0; a < kMaxRank; ++a) {
+        row_token[i] += coordinate(coordinates[i], a) * params.axis[a].dilation * params.axis[a].inner_token_stride;
+      }
     }
   }
 
-  BoxWalk<C> walk(shared);
-  sm90::RingPosition<C::kStages> ring;
-#pragma unroll 1
-  for (int32_t it = 0; it < boxes; ++it) {
+  __device__ __forceinline__ void load_outer(const TileIndex& index, const GroupTokens (&outer)[kMaxRank]) const {
+    int32_t token[kMaxRank];
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      token[a] = outer[a].first + index.tile[a] * params.axis[a].outer_box * params.axis[a].dilation;
+    }
+    const MapCoords at = map_coords(params.outer_layout, index.head * C::kDim, token, index.batch);
+    uint64_t* barrier = &shared.outer_full[outer_ring.slot];
+    sm90::mbarrier_arrive_expect_tx(barrier, 2 * params.outer_volume * C::kDim * sizeof(typename C::T));
+    load_tile<C>(&params.outer0, at, shared.outer0[outer_ring.slot], barrier, C::kOuterBlockBytes);
+    load_tile<C>(&params.outer1, at, shared.outer1[outer_ring.slot], barrier, C::kOuterBlockBytes);
+  }
+
+  __device__ __forceinline__ void load_box(const TileIndex& index, const BoxWalk<C>& walk) {
     const int32_t head = kKeysPass ? index.head * params.group_heads + walk.head : index.head / params.group_heads;
     int32_t ordinal[kMaxRank], at_token[kMaxRank], token = 0;
     uint32_t last = 0;
@@ -283,6 +302,7 @@ __device__ __forceinline__ void produce(const BackwardParams& params, BackwardSh
       full &= ordinal[a] >= tile.full_begin && ordinal[a] + plan.inner_box <= tile.full_end;
     }
     sm90::mbarrier_wait(&shared.empty[ring.slot], ring.parity ^ 1);
+    uint64_t* barrier = &shared.full[ring.slot];
     if (lane == 0) {
       BoxRecord& record = shared.box[ring.slot];
 #pragma unroll
@@ -291,9 +311,9 @@ __device__ __forceinline__ void produce(const BackwardParams& params, BackwardSh
       record.last = last;
       record.dq_offset = ((index.batch * params.q_tokens + token) * params.heads + head) * C::kDim;
       const MapCoords at = map_coords(params.inner_layout, head * C::kDim, at_token, index.batch);
-      sm90::mbarrier_arrive_expect_tx(&shared.full[ring.slot], 2 * params.inner_volume * C::kDim * sizeof(typename C::T));
-      load_tile<C>(&params.inner0, at, shared.inner0[ring.slot], &shared.full[ring.slot], C::kInnerBlockBytes);
-      load_tile<C>(&params.inner1, at, shared.inner1[ring.slot], &shared.full[ring.slot], C::kInnerBlockBytes);
+      sm90::mbarrier_arrive_expect_tx(barrier, 2 * params.inner_volume * C::kDim * sizeof(typename C::T));
+      load_tile<C>(&params.inner0, at, shared.inner0[ring.slot], barrier, C::kInnerBlockBytes);
+      load_tile<C>(&params.inner1, at, shared.inner1[ring.slot], barrier, C::kInnerBlockBytes);
     }
     if constexpr (kKeysPass) {
       const float2* stats = params.stats + (int64_t(index.batch) * params.heads + head) * params.q_tokens + token;
@@ -302,13 +322,59 @@ __device__ __forceinline__ void produce(const BackwardParams& params, BackwardSh
         const bool valid = not_beyond(coordinates[i], last);
         sm90::copy_async_8_or_zero(&shared.stats[ring.slot][lane + 32 * i], stats + (valid ? row_token[i] : 0), valid);
       }
-      sm90::copy_async_arrive(&shared.full[ring.slot]);
+      sm90::copy_async_arrive(barrier);
     }
     ring.advance();
-    walk.next();
   }
-  if constexpr (kKeysPass) sm90::copy_async_wait_all();
-}
+
+  // On lane 0.
+  __device__ __forceinline__ uint32_t claim_tile() const { return lane == 0 ? atomicAdd(params.tile_counter, 1u) : 0; }
+
+  __device__ __forceinline__ void run() {
+    uint32_t claimed = claim_tile();
+#pragma unroll 1
+    for (;;) {
+      const uint32_t linear = __shfl_sync(~0u, claimed, 0);
+      TileRecord<C>& record = shared.tile[tile_ring.slot];
+      sm90::mbarrier_wait(&shared.tile_empty[tile_ring.slot], tile_ring.parity ^ 1);
+      if (linear >= params.num_tiles) {
+        record.boxes = kNoTile;
+        sm90::mbarrier_arrive(&shared.tile_full[tile_ring.slot]);
+        break;
+      }
+      claimed = claim_tile();  // the next one: the answer takes a while
+      const TileIndex index(params, linear);
+      GroupTokens outer[kMaxRank];
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) outer[a] = outer_tokens<C::kPass>(params, index, a);
+      if (lane < kMaxRank) shared.axis[lane] = tile_axis<C::kPass>(params, index, lane);
+#pragma unroll
+      for (int i = 0; i < C::kOuter / 32; ++i) fill_row(params, record, index, outer, lane + 32 * i);
+      __syncwarp();
+      const int32_t boxes = num_boxes(params, shared);
+      if (lane == 0) {
+        record.boxes = boxes;
+        record.head = index.head;
+        record.batch = index.batch;
+      }
+      sm90::mbarrier_arrive(&shared.tile_full[tile_ring.slot]);
+      tile_ring.advance();
+      if (boxes > 0) {
+        sm90::mbarrier_wait(&shared.outer_empty[outer_ring.slot], outer_ring.parity ^ 1);
+        if (lane == 0) load_outer(index, outer);
+        outer_ring.advance();
+      }
+      BoxWalk<C> walk(shared);
+#pragma unroll 1
+      for (int32_t it = 0; it < boxes; ++it) {
+        load_box(index, walk);
+        walk.next();
+      }
+      __syncwarp();  // every lane has read shared.axis
+    }
+    if constexpr (kKeysPass) sm90::copy_async_wait_all();
+  }
+};
 
 // ---- the mask: which columns of a box a row of the tile sees ----
 // Bit 2 j + e of word[h]: row h (of the thread's two) sees column 8 j + 2 (lane % 4) + e.
@@ -319,8 +385,8 @@ struct RowMask {
   __device__ __forceinline__ RowMask() : word{~0u, ~0u} {}
 
   // row: the first of the thread's two rows, eight apart.
-  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared, const BoxRecord& record,
-                                     int row) {
+  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared, const TileRecord<C>& tile,
+                                     const BoxRecord& record, int row) {
     const uint32_t* prefix = reinterpret_cast<const uint32_t*>(shared.prefix) + threadIdx.x % 4;
     word[0] = word[1] = ~0u;
 #pragma unroll
@@ -331,7 +397,7 @@ struct RowMask {
       const uint32_t* table = prefix + 4 * params.axis[a].prefix_row;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int2 interval = shared.interval[a][row + 8 * h];
+        const int2 interval = tile.interval[a][row + 8 * h];
         const int32_t low = min(max(interval.x - origin, 0), size);
         const int32_t high = min(max(interval.y - origin, 0), size);
         word[h] &= table[4 * high] & ~table[4 * low];
@@ -362,30 +428,30 @@ __device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32
   return make_uint4(odd ? c : e0, odd ? e1 : c, odd ? d : f0, odd ? f1 : d);
 }
 
-template <class C>
-__device__ __forceinline__ void store_rows(void* target, const BackwardParams& params, const BackwardShared<C>& shared,
-                                           const TileIndex& index, int row, const float (&acc)[C::kDim / 2], float factor) {
-  using T = typename C::T;
+// Two rows of fp32 accumulators, times factor, to rows of T; null: no row. out points at this lane's first 16 bytes.
+template <typename T, int kChannels>
+__device__ __forceinline__ void store_rows(T* const (&out)[2], const float (&acc)[kChannels / 2], float factor) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int32_t token = shared.outer_row[row + 8 * h];
-    T* out = static_cast<T*>(target) +
-             ((index.batch * params.outer_tokens + token) * params.outer_heads.divisor + index.head) * C::kDim +
-             8 * (threadIdx.x % 4);
 #pragma unroll
-    for (int j = 0; j < C::kDim / 8; j += 4) {
+    for (int j = 0; j < kChannels / 8; j += 4) {
       uint32_t w[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         w[i] = sm90::pack_pair<T>(acc[4 * (j + i) + 2 * h] * factor, acc[4 * (j + i) + 2 * h + 1] * factor);
       }
       const uint4 words = transpose_quad(w[0], w[1], w[2], w[3]);
-      if (token >= 0) *reinterpret_cast<uint4*>(out + 8 * j) = words;
+      if (out[h] != nullptr) *reinterpret_cast<uint4*>(out[h] + 8 * j) = words;
     }
   }
 }
 
 // ---- consumers: one or two warpgroups of 64 rows ----
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+constexpr int kDsBarrier = 1;  // named barriers
+constexpr int kStartBarrier = 2;
+
 template <class C>
 struct Consumer {
   using T = typename C::T;
@@ -395,7 +461,6 @@ struct Consumer {
 
   const BackwardParams& params;
   BackwardShared<C>& shared;
-  const TileIndex& index;
   const int warpgroup;
   const int row;  // the thread's first row of the tile; the second is eight further
 
@@ -429,13 +494,13 @@ struct Consumer {
   }
 
   // dq of 64 queries = dS (all rows of the tile) times K, this warpgroup's queries or channels.
-  __device__ __forceinline__ void issue_dq(float (&acc)[C::kDqChannels / 2], const uint8_t* ds) const {
+  __device__ __forceinline__ void issue_dq(float (&acc)[C::kDqChannels / 2], const uint8_t* ds, const uint8_t* keys) const {
     const int query_block = C::kSplitChannels ? 0 : warpgroup;
     const uint64_t a = sm90::descriptor_mn_major<128>(sm90::smem_address(ds) + query_block * C::kOuter * 128, 0);
     const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
     const uint32_t offset = channel / C::kBlockChannels * C::kOuterBlockBytes + channel % C::kBlockChannels * 2;
     const uint64_t b =
-        sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(shared.outer0) + offset, C::kOuterBlockBytes);
+        sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(keys) + offset, C::kOuterBlockBytes);
 #pragma unroll
     for (int k = 0; k < C::kOuter / 16; ++k) {
       const uint64_t a_step = sm90::descriptor_advance(a, k * 16 * 128);
@@ -497,156 +562,201 @@ struct Consumer {
     }
   }
 
-  // Where the two dq rows of this thread go in the workspace.
+  // Where the two dq rows of this thread go, in elements of dq.
   struct DqTarget {
-    float* row;
+    int64_t offset;
     bool valid;
   };
 
   __device__ __forceinline__ void dq_targets(DqTarget (&target)[2], const BoxRecord& record) const {
-    const int lane = threadIdx.x % 32;
     const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
-    const int query = (C::kSplitChannels ? 0 : 64 * warpgroup) + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    // Lane q of a quad: columns 2 q .. of the left block (even q), 2 (q - 1) .. of the right one (odd).
-    float* const box = params.grad_query_f32 + record.dq_offset + channel + (lane % 4 / 2 * 4) + lane % 2 * 8;
+    const int query = (C::kSplitChannels ? 0 : 64 * warpgroup) + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int2 at = shared.inner_row[query + 8 * h];
-      target[h].row = box + int64_t(at.y) * (params.heads * C::kDim);
-      target[h].valid = params.accumulate_dq && not_beyond(at.x, record.last);
+      target[h].offset = record.dq_offset + channel + int64_t(at.y) * (params.heads * C::kDim);
+      target[h].valid = params.dq != DqOutput::kNone && not_beyond(at.x, record.last);
     }
   }
 
-  __device__ __forceinline__ static void add_dq(const float (&acc)[C::kDqChannels / 2], const DqTarget (&target)[2]) {
+  __device__ __forceinline__ void write_dq(const float (&acc)[C::kDqChannels / 2], const DqTarget (&target)[2]) const {
+    const int quad_lane = threadIdx.x % 4;
+    if (params.dq == DqOutput::kFinal) {
+      T* out[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        out[h] = target[h].valid ? static_cast<T*>(params.grad_query) + target[h].offset + 8 * quad_lane : nullptr;
+      }
+      store_rows<T, C::kDqChannels>(out, acc, params.scale);
+      return;
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      // Lane q of a quad: columns 2 q .. of the left block (even q), 2 (q - 1) .. of the right one (odd).
+      float* const row = params.grad_query_f32 + target[h].offset + quad_lane / 2 * 4 + quad_lane % 2 * 8;
 #pragma unroll
       for (int j = 0; j < C::kDqChannels / 8; j += 2) {
-        add_row(target[h].row + 8 * j, acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], acc[4 * j + 4 + 2 * h],
-                acc[4 * j + 5 + 2 * h], target[h].valid);
+        add_row(row + 8 * j, acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1], acc[4 * j + 4 + 2 * h], acc[4 * j + 5 + 2 * h],
+                target[h].valid);
       }
     }
   }
 
-  __device__ __forceinline__ void row_stats(float (&lse)[2], float (&delta)[2]) const {
+  __device__ __forceinline__ void row_stats(const TileRecord<C>& tile, float (&lse)[2], float (&delta)[2]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t token = shared.outer_row[row + 8 * h];
-      const int64_t at = (int64_t(index.batch) * params.heads + index.head) * params.q_tokens + token;
+      const int32_t token = tile.outer_row[row + 8 * h];
+      const int64_t at = (int64_t(tile.batch) * params.heads + tile.head) * params.q_tokens + token;
       const float2 stats = token >= 0 ? params.stats[at] : make_float2(0.0f, 0.0f);
       lse[h] = stats.x;
       delta[h] = stats.y;
     }
   }
 
-  __device__ __forceinline__ void run(int32_t boxes) {
-    float acc0[C::kDim / 2];                  // dk, or dq
-    float acc1[kKeysPass ? C::kDim / 2 : 1];  // dv
-#pragma unroll
-    for (float& x : acc0) x = 0.0f;
-#pragma unroll
-    for (float& x : acc1) x = 0.0f;
-    if (boxes > 0) {
-      float row_lse[2] = {0.0f, 0.0f}, row_delta[2] = {0.0f, 0.0f};
-      if constexpr (!kKeysPass) row_stats(row_lse, row_delta);
-      sm90::RingPosition<C::kStages> ring;
-      float s[kScores], dp[kScores];
-      sm90::mbarrier_wait(&shared.outer_full, 0);
-      sm90::mbarrier_wait(&shared.full[0], 0);
-      sm90::wgmma_fence();
-      issue_scores(s, shared.outer0, shared.inner0[0]);
-      issue_scores(dp, shared.outer1, shared.inner1[0]);
-      // The only way out is the break behind the last wait: no path may leave with products in flight.
-#pragma unroll 1
-      for (int32_t it = 0;; ++it) {
-        const float2* stats = shared.stats[ring.slot] + 2 * (threadIdx.x % 4);
-        const BoxRecord& record = shared.box[ring.slot];
-        uint32_t p_fragments[kKeysPass ? C::kInner / 16 : 1][4], ds_fragments[C::kInner / 16][4];
-        if (record.full) {
-          sm90::wgmma_wait<1>();
-          sm90::pin_registers(s);
-          probabilities<false>(s, stats, row_lse, RowMask<C>());
-        } else {
-          const RowMask<C> mask(params, shared, record, row);
-          sm90::wgmma_wait<1>();
-          sm90::pin_registers(s);
-          probabilities<true>(s, stats, row_lse, mask);
-        }
-        if constexpr (kKeysPass) pack_fragments(p_fragments, s);
-        sm90::wgmma_wait<0>();
-        sm90::pin_registers(dp);
-#pragma unroll
-        for (int j = 0; j < C::kInner / 8; ++j) {
-          float delta[2] = {row_delta[0], row_delta[1]};
-          if constexpr (kKeysPass) {
-            const float4 pair = *reinterpret_cast<const float4*>(stats + 8 * j);
-            delta[0] = pair.y;
-            delta[1] = pair.w;
-          }
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (kKeysPass ? delta[i % 2] : delta[i / 2]));
-        }
-        pack_fragments(ds_fragments, dp);
+  // One arrival per warp.
+  static __device__ __forceinline__ void release(uint64_t* barrier) {
+    if (threadIdx.x % 32 == 0) sm90::mbarrier_arrive(barrier);
+  }
 
+  __device__ __forceinline__ void store_tile(void* target, const TileRecord<C>& tile, const float (&acc)[C::kDim / 2],
+                                             float factor) const {
+    T* out[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t token = tile.outer_row[row + 8 * h];
+      const int64_t at = (tile.batch * params.outer_tokens + token) * params.outer_heads.divisor + tile.head;
+      out[h] = token >= 0 ? static_cast<T*>(target) + at * C::kDim + 8 * (threadIdx.x % 4) : nullptr;
+    }
+    store_rows<T, C::kDim>(out, acc, factor);
+  }
+
+  __device__ __forceinline__ void run() {
+    sm90::RingPosition<C::kStages> ring;
+    sm90::RingPosition<C::kOuterStages> outer_ring;
+    sm90::RingPosition<C::kTileStages> tile_ring;
+    uint32_t ds_buffer = 0;
+#pragma unroll 1
+    for (;;) {
+      const TileRecord<C>& tile = shared.tile[tile_ring.slot];
+      sm90::mbarrier_wait(&shared.tile_full[tile_ring.slot], tile_ring.parity);
+      const int32_t boxes = tile.boxes;
+      if (boxes == kNoTile) break;
+      float acc0[C::kDim / 2];                  // dk, or dq
+      float acc1[kKeysPass ? C::kDim / 2 : 1];  // dv
+#pragma unroll
+      for (float& x : acc0) x = 0.0f;
+#pragma unroll
+      for (float& x : acc1) x = 0.0f;
+      if (boxes > 0) {
+        const uint8_t* const outer0 = shared.outer0[outer_ring.slot];
+        const uint8_t* const outer1 = shared.outer1[outer_ring.slot];
+        float row_lse[2] = {0.0f, 0.0f}, row_delta[2] = {0.0f, 0.0f};
+        if constexpr (!kKeysPass) row_stats(tile, row_lse, row_delta);
+        float s[kScores], dp[kScores];
+        sm90::mbarrier_wait(&shared.outer_full[outer_ring.slot], outer_ring.parity);
+        sm90::mbarrier_wait(&shared.full[ring.slot], ring.parity);
         sm90::wgmma_fence();
-        if constexpr (kKeysPass) issue_grads(acc1, p_fragments, shared.inner1[ring.slot]);
-        issue_grads(acc0, ds_fragments, shared.inner0[ring.slot]);
-        sm90::wgmma_commit();
-        float dq[kKeysPass ? C::kDqChannels / 2 : 1];
-        DqTarget dq_target[2];
-        if constexpr (kKeysPass) {
-          // A second buffer makes one barrier per box enough: whoever passes it has read the buffer of the box before.
-          uint8_t* ds = shared.ds[C::kDsBuffers > 1 ? it & 1 : 0];
-          store_ds(ds, ds_fragments);
-          sm90::fence_proxy_async();
-          sm90::named_barrier_sync(1, C::kConsumerThreads);
-          sm90::wgmma_fence();
-          issue_dq(dq, ds);
-          dq_targets(dq_target, record);
-          sm90::wgmma_wait<1>();
-        } else {
+        issue_scores(s, outer0, shared.inner0[ring.slot]);
+        issue_scores(dp, outer1, shared.inner1[ring.slot]);
+        // The only way out is the break behind the last wait: a path that leaves with products in flight would make the compiler
+        // serialize all of them.
+#pragma unroll 1
+        for (int32_t left = boxes;; --left) {
+          const float2* stats = shared.stats[ring.slot] + 2 * (threadIdx.x % 4);
+          const BoxRecord& record = shared.box[ring.slot];
+          uint32_t p_fragments[kKeysPass ? C::kInner / 16 : 1][4], ds_fragments[C::kInner / 16][4];
+          if (record.full) {
+            sm90::wgmma_wait<1>();
+            sm90::pin_registers(s);
+            probabilities<false>(s, stats, row_lse, RowMask<C>());
+          } else {
+            const RowMask<C> mask(params, shared, tile, record, row);
+            sm90::wgmma_wait<1>();
+            sm90::pin_registers(s);
+            probabilities<true>(s, stats, row_lse, mask);
+          }
+          if constexpr (kKeysPass) pack_fragments(p_fragments, s);
           sm90::wgmma_wait<0>();
-        }
-        sm90::pin_registers(acc0);
-        if constexpr (kKeysPass) sm90::pin_registers(acc1);
-        if (threadIdx.x % 32 == 0) sm90::mbarrier_arrive(&shared.empty[ring.slot]);
-        ring.advance();
-        if (it + 1 == boxes) {
+          sm90::pin_registers(dp);
+#pragma unroll
+          for (int j = 0; j < C::kInner / 8; ++j) {
+            float delta[2] = {row_delta[0], row_delta[1]};
+            if constexpr (kKeysPass) {
+              const float4 pair = *reinterpret_cast<const float4*>(stats + 8 * j);
+              delta[0] = pair.y;
+              delta[1] = pair.w;
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (kKeysPass ? delta[i % 2] : delta[i / 2]));
+            }
+          }
+          pack_fragments(ds_fragments, dp);
+
+          sm90::wgmma_fence();
+          if constexpr (kKeysPass) issue_grads(acc1, p_fragments, shared.inner1[ring.slot]);
+          issue_grads(acc0, ds_fragments, shared.inner0[ring.slot]);
+          sm90::wgmma_commit();
+          float dq[kKeysPass ? C::kDqChannels / 2 : 1];
+          DqTarget dq_target[2];
+          if constexpr (kKeysPass) {
+            // Two buffers in turn make one barrier per box enough: whoever passes it has read the buffer of the box before.
+            uint8_t* ds = shared.ds[C::kDsBuffers > 1 ? ds_buffer : 0];
+            ds_buffer ^= 1;
+            store_ds(ds, ds_fragments);
+            sm90::fence_proxy_async();
+            sm90::named_barrier_sync(kDsBarrier, C::kConsumerThreads);
+            sm90::wgmma_fence();
+            issue_dq(dq, ds, outer0);
+            dq_targets(dq_target, record);
+            sm90::wgmma_wait<1>();
+          } else {
+            sm90::wgmma_wait<0>();
+          }
+          sm90::pin_registers(acc0);
+          if constexpr (kKeysPass) sm90::pin_registers(acc1);
+          release(&shared.empty[ring.slot]);
+          ring.advance();
+          if (left == 1) {
+            if constexpr (kKeysPass) {
+              sm90::wgmma_wait<0>();
+              sm90::pin_registers(dq);
+              write_dq(dq, dq_target);
+            }
+            break;
+          }
+          // PERF: the next box's S runs while dq leaves.
+          sm90::mbarrier_wait(&shared.full[ring.slot], ring.parity);
           if constexpr (kKeysPass) {
             sm90::wgmma_wait<0>();
             sm90::pin_registers(dq);
-            add_dq(dq, dq_target);
           }
-          break;
-        }
-        // PERF: the next box's products run while dq leaves.
-        sm90::mbarrier_wait(&shared.full[ring.slot], ring.parity);
-        if constexpr (kKeysPass) {
-          sm90::wgmma_wait<0>();
-          sm90::pin_registers(dq);
-        }
-        sm90::wgmma_fence();
-        issue_scores(s, shared.outer0, shared.inner0[ring.slot]);
-        if constexpr (kKeysPass) {
-          add_dq(dq, dq_target);
           sm90::wgmma_fence();
+          issue_scores(s, outer0, shared.inner0[ring.slot]);
+          if constexpr (kKeysPass) {
+            write_dq(dq, dq_target);
+            sm90::wgmma_fence();
+          }
+          issue_scores(dp, outer1, shared.inner1[ring.slot]);
         }
-        issue_scores(dp, shared.outer1, shared.inner1[ring.slot]);
+        release(&shared.outer_empty[outer_ring.slot]);
+        outer_ring.advance();
       }
+      store_tile(params.grad_outer0, tile, acc0, params.scale);
+      if constexpr (kKeysPass) store_tile(params.grad_outer1, tile, acc1, 1.0f);
+      release(&shared.tile_empty[tile_ring.slot]);
+      tile_ring.advance();
     }
-    store_rows<C>(params.grad_outer0, params, shared, index, row, acc0, params.scale);
-    if constexpr (kKeysPass) store_rows<C>(params.grad_outer1, params, shared, index, row, acc1, 1.0f);
   }
 };
 
 // Rows of a tile that no TMA box covers are zero for good: products with them must stay finite.
-template <class C>
-__device__ __forceinline__ void zero_uncovered_rows(uint8_t* tile, int32_t volume, int32_t rows) {
+template <class C, int kTiles, int kBytes>
+__device__ __forceinline__ void zero_uncovered_rows(uint8_t (&tiles)[kTiles][kBytes], int32_t volume, int32_t rows) {
   const int32_t chunks = (rows - volume) * (C::kRowBytes / 16);
 #pragma unroll 1
-  for (int block = 0; block < C::kChannelBlocks; ++block) {
-    uint4* target = reinterpret_cast<uint4*>(tile + (block * rows + volume) * C::kRowBytes);
+  for (int block = 0; block < kTiles * C::kChannelBlocks; ++block) {
+    uint4* target = reinterpret_cast<uint4*>(tiles[0] + (block * rows + volume) * C::kRowBytes);
 #pragma unroll 1
     for (int i = threadIdx.x; i < chunks; i += C::kConsumerThreads) target[i] = make_uint4(0, 0, 0, 0);
   }
@@ -657,47 +767,41 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(cons
   extern __shared__ uint8_t shared_memory[];
   BackwardShared<C>& shared =
       *reinterpret_cast<BackwardShared<C>*>(shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
-  const TileIndex index(params, blockIdx.x);
-  constexpr int kTableBarrier = 2;
-  constexpr int kTableThreads = C::kConsumerThreads + 32;  // the consumers and the producer warp
+  constexpr int kStartThreads = C::kConsumerThreads + 32;  // the consumers and the producer warp
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == C::kConsumers) {
-    if constexpr (C::kReallocateRegisters) sm90::decrease_registers<24>();
+    if constexpr (C::kReallocateRegisters) sm90::decrease_registers<kProducerRegisters>();
     if (threadIdx.x / 32 != C::kConsumerThreads / 32) return;
-    const int lane = threadIdx.x % 32;
-    if (lane < kMaxRank) shared.axis[lane] = tile_axis<C::kPass>(params, index, lane);
-    if (lane == 0) {
-#pragma unroll
+    if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < C::kStages; ++i) {
+        // TMA, and in pass kKeys the cp.async of the 32 lanes.
         sm90::mbarrier_init(&shared.full[i], C::kPass == BackwardPass::kKeys ? 33 : 1);
         sm90::mbarrier_init(&shared.empty[i], C::kConsumerThreads / 32);
       }
-      sm90::mbarrier_init(&shared.outer_full, 1);
+      for (int i = 0; i < C::kOuterStages; ++i) {
+        sm90::mbarrier_init(&shared.outer_full[i], 1);
+        sm90::mbarrier_init(&shared.outer_empty[i], C::kConsumerThreads / 32);
+      }
+      for (int i = 0; i < C::kTileStages; ++i) {
+        sm90::mbarrier_init(&shared.tile_full[i], 32);
+        sm90::mbarrier_init(&shared.tile_empty[i], C::kConsumerThreads / 32);
+      }
       sm90::fence_barrier_init();
     }
     __syncwarp();
-    const int32_t boxes = num_boxes(params, shared);
-    if (lane == 0 && boxes > 0) load_outer(params, shared, index);
-    sm90::named_barrier_arrive(kTableBarrier, kTableThreads);
-    produce(params, shared, index, boxes);
+    sm90::named_barrier_arrive(kStartBarrier, kStartThreads);
+    Producer<C>(params, shared).run();
   } else {
-    if constexpr (C::kReallocateRegisters) sm90::increase_registers<240>();
-    fill_tables(params, shared, index);
-    if (params.outer_volume < C::kOuter) {
-      zero_uncovered_rows<C>(shared.outer0, params.outer_volume, C::kOuter);
-      zero_uncovered_rows<C>(shared.outer1, params.outer_volume, C::kOuter);
-    }
-    if (params.inner_volume < C::kInner) {
-#pragma unroll 1
-      for (int i = 0; i < C::kStages; ++i) {
-        zero_uncovered_rows<C>(shared.inner0[i], params.inner_volume, C::kInner);
-        zero_uncovered_rows<C>(shared.inner1[i], params.inner_volume, C::kInner);
-      }
-    }
+    if constexpr (C::kReallocateRegisters) sm90::increase_registers<kConsumerRegisters>();
+    fill_tables(params, shared);
+    zero_uncovered_rows<C>(shared.outer0, params.outer_volume, C::kOuter);
+    zero_uncovered_rows<C>(shared.outer1, params.outer_volume, C::kOuter);
+    zero_uncovered_rows<C>(shared.inner0, params.inner_volume, C::kInner);
+    zero_uncovered_rows<C>(shared.inner1, params.inner_volume, C::kInner);
     sm90::fence_proxy_async();
-    sm90::named_barrier_sync(kTableBarrier, kTableThreads);
+    sm90::named_barrier_sync(kStartBarrier, kStartThreads);
     const int row = warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16 + int(threadIdx.x) % 32 / 4;
-    Consumer<C>{params, shared, index, warpgroup, row}.run(num_boxes(params, shared));
+    Consumer<C>{params, shared, warpgroup, row}.run();
   }
 }
 

@@ -20,6 +20,9 @@ namespace jax_na::hopper {
 
 enum class BackwardPass { kKeys, kQueries };
 
+// What pass kKeys does with dq: nothing; add to the float32 workspace; write it, because one tile holds every key of a dilation group.
+enum class DqOutput : int32_t { kNone, kSum, kFinal };
+
 constexpr int kMaxPrefixRows = 136;  // sum over the axes of inner_box + 1, at most 128 + 1 + 2 + 2
 
 // The local tokens of one dilation group on one axis, of one side: token first + j * dilation has group coordinate base +
@@ -73,6 +76,8 @@ struct BackwardParams {
   BackwardAxis axis[kMaxRank];
   FastDivisor outer_heads;
   FastDivisor outer_box1, outer_box2, inner_box1, inner_box2;
+  uint32_t num_tiles;
+  uint32_t* tile_counter;  // zero at launch
   int32_t outer_volume, inner_volume;
   int32_t rank;
   int32_t sharded;
@@ -80,12 +85,13 @@ struct BackwardParams {
   int32_t group_heads;  // query heads per key/value head
   int64_t q_tokens;     // per batch entry
   int64_t outer_tokens;
-  int32_t accumulate_dq;  // pass kKeys: add dq to the workspace
+DqOutput dq;                  // pass kKeys
   float scale;
   float scale_log2;       // scale * log2(e)
   const Shard* halo;      // [rank], read only if sharded
   const int2* intervals;  // [axis][outer token]: the inner ordinals it needs (backward_around_sm90.cuh)
   const float2* stats;    // [batch, heads, q tokens]: lse * log2(e), delta
+  void* grad_query;             // [batch, q tokens, heads, dim]
   float* grad_query_f32;  // [batch, q tokens, heads, dim], not yet scaled
   void* grad_outer0;      // dk, or dq in pass kQueries
   void* grad_outer1;      // dv

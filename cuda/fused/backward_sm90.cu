@@ -104,11 +104,25 @@ Status encode_side(const Problem& problem, DType dtype, const Side& side, const 
   return {};
 }
 
+// What the passes share.
+struct BackwardMemory {
+  uint32_t* tile_counters;  // per pass
+  float2* stats;
+  int2* queries_of_keys;
+  int2* keys_of_queries;
+  float* grad_query_f32;  // or null
+};
+
+int64_t num_outer_tiles(const Problem& problem, BackwardPass pass, const BackwardBoxes& boxes, int a) {
+  const Axis& axis = problem.axis[a];
+  const int32_t length = pass == BackwardPass::kKeys ? axis.kv_len : axis.q_len;
+  const int32_t longest = (length + axis.dilation - 1) / axis.dilation;
+  return (longest + boxes.outer[a] - 1) / boxes.outer[a];
+}
+
 Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options, BackwardPass pass,
-                const float2* stats, const int2* intervals, float* grad_query_f32, cudaStream_t stream) {
+                const BackwardPlan& plan, const BackwardMemory& memory, DqOutput dq, cudaStream_t stream) {
   const bool keys_pass = pass == BackwardPass::kKeys;
-  const BackwardPlan plan = backward_plan(problem, pass);
-  if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
   const auto &outer = plan.boxes.outer, &inner = plan.boxes.inner;
 
   Side queries{buffers.forward.query, buffers.grad_out, problem.heads, {}};
@@ -146,8 +160,7 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
     outer_stride *= outer_side.lengths[a];
     inner_stride *= inner_side.lengths[a];
     axis.inner_box_divisor = FastDivisor(inner[a]);
-    const int32_t longest = (outer_side.lengths[a] + dilation - 1) / dilation;
-    axis.tiles = FastDivisor((longest + outer[a] - 1) / outer[a]);
+    axis.tiles = FastDivisor(uint32_t(num_outer_tiles(problem, pass, plan.boxes, a)));
     axis.groups = FastDivisor(dilation);
     num_tiles *= int64_t(axis.tiles.divisor) * dilation;
   }
@@ -165,18 +178,21 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
   params.group_heads = problem.heads / problem.kv_heads;
   params.q_tokens = problem.q_tokens();
   params.outer_tokens = keys_pass ? problem.kv_tokens() : problem.q_tokens();
-  params.accumulate_dq = grad_query_f32 != nullptr;
+  params.dq = dq;
   params.scale = problem.scale;
   params.scale_log2 = float(problem.scale * kLog2e);
   params.halo = buffers.forward.halo;
-  params.intervals = intervals;
-  params.stats = stats;
-  params.grad_query_f32 = grad_query_f32;
+  params.num_tiles = uint32_t(num_tiles);
+  params.tile_counter = memory.tile_counters + (keys_pass ? 0 : 1);
+  params.intervals = keys_pass ? memory.queries_of_keys : memory.keys_of_queries;
+  params.stats = memory.stats;
+  params.grad_query = buffers.grad_query;
+  params.grad_query_f32 = memory.grad_query_f32;
   params.grad_outer0 = keys_pass ? buffers.grad_key : buffers.grad_query;
   params.grad_outer1 = keys_pass ? buffers.grad_value : nullptr;
   fill_prefix(&params, inner);
 
-  const BackwardLaunch launch{pass, options.dtype, plan.regime, num_tiles, &params};
+  const BackwardLaunch launch{pass, options.dtype, plan.regime, options.num_sms, &params};
   if (problem.dim == 128) return launch_backward<128>(launch, stream);
   if (problem.dim == 64) return launch_backward<64>(launch, stream);
   return launch_backward<32>(launch, stream);
@@ -224,14 +240,24 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (num_rows >= (int64_t(1) << 31) || problem.q_tokens() >= (int64_t(1) << 31)) {
     return Status::error("Hopper backward: more than 2^31 queries and heads in one call");
   }
-  char* const memory = static_cast<char*>(buffers.forward.workspace);
-  auto* const stats = reinterpret_cast<float2*>(memory);
-  auto* const queries_of_keys = reinterpret_cast<int2*>(memory + workspace.stats_bytes);
-  int2* keys_of_queries = queries_of_keys;
-  for (const Axis& axis : problem.axis) keys_of_queries += axis.kv_len;
-  float* const grad_query_f32 = options.deterministic
-                                    ? nullptr
-                                    : reinterpret_cast<float*>(memory + workspace.stats_bytes + workspace.intervals_bytes);
+  // One key tile per dilation group: dq is complete in it. Then nothing is summed in memory, and the result is deterministic anyway.
+  const BackwardPlan plan = backward_plan(problem, BackwardPass::kKeys);
+  if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
+  bool one_tile = !problem.sharded;
+  for (int a = 0; a < kMaxRank; ++a) one_tile &= num_outer_tiles(problem, BackwardPass::kKeys, plan.boxes, a) == 1;
+  const DqOutput dq = one_tile ? DqOutput::kFinal : options.deterministic ? DqOutput::kNone : DqOutput::kSum;
+
+  char* at = static_cast<char*>(buffers.forward.workspace);
+  BackwardMemory memory{};
+  memory.tile_counters = reinterpret_cast<uint32_t*>(at);
+  at += workspace.counter_bytes;
+  memory.stats = reinterpret_cast<float2*>(at);
+  at += workspace.stats_bytes;
+  memory.queries_of_keys = reinterpret_cast<int2*>(at);
+  memory.keys_of_queries = memory.queries_of_keys;
+  for (const Axis& axis : problem.axis) memory.keys_of_queries += axis.kv_len;
+  at += workspace.intervals_bytes;
+  if (dq == DqOutput::kSum) memory.grad_query_f32 = reinterpret_cast<float*>(at);
 
   const bool half = options.dtype == DType::kF16;
   PrepareParams prepare{};
@@ -239,8 +265,9 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   prepare.grad_out = buffers.grad_out;
   prepare.lse = buffers.forward.lse;
   prepare.grad_lse = buffers.grad_lse;
-  prepare.stats = stats;
-  prepare.grad_query_f32 = grad_query_f32;
+  prepare.stats = memory.stats;
+  prepare.grad_query_f32 = memory.grad_query_f32;
+  prepare.tile_counters = memory.tile_counters;
   prepare.num_rows = num_rows;
   prepare.heads = FastDivisor(problem.heads);
   prepare.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
@@ -248,26 +275,27 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   prepare.sharded = problem.sharded;
   for (int a = 0; a < kMaxRank; ++a) prepare.axis[a] = problem.axis[a];
   prepare.halo = buffers.forward.halo;
-  prepare.queries_of_keys = queries_of_keys;
-  prepare.keys_of_queries = options.deterministic ? keys_of_queries : nullptr;
+  prepare.queries_of_keys = memory.queries_of_keys;
+  prepare.keys_of_queries = dq == DqOutput::kNone ? memory.keys_of_queries : nullptr;
   half ? launch_prepare<__half>(prepare, problem.dim, stream) : launch_prepare<__nv_bfloat16>(prepare, problem.dim, stream);
   if (Status s = launch_status("preparation"); !s.ok()) return s;
 
-  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, stats, queries_of_keys, grad_query_f32, stream);
-      !s.ok())
-    return s;
-  if (options.deterministic) {
-    return run_pass(problem, buffers, options, BackwardPass::kQueries, stats, keys_of_queries, nullptr, stream);
+  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, plan, memory, dq, stream); !s.ok()) return s;
+  if (dq == DqOutput::kFinal) return {};
+  if (dq == DqOutput::kNone) {
+    const BackwardPlan queries_plan = backward_plan(problem, BackwardPass::kQueries);
+    if (!queries_plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
+    return run_pass(problem, buffers, options, BackwardPass::kQueries, queries_plan, memory, dq, stream);
   }
 
   const int64_t num_chunks = num_rows * problem.dim / kChannelsPerThread;
   const dim3 blocks(uint32_t((num_chunks + kAroundThreads - 1) / kAroundThreads));
   if (half) {
-    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(grad_query_f32, static_cast<__half*>(buffers.grad_query),
+    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(memory.grad_query_f32, static_cast<__half*>(buffers.grad_query),
                                                                    problem.scale, num_chunks);
   } else {
     backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(
-        grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query), problem.scale, num_chunks);
+        memory.grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query), problem.scale, num_chunks);
   }
   return launch_status("conversion of dq");
 }

@@ -14,10 +14,11 @@ namespace jax_na::hopper {
 // ForwardBuffers::workspace in a backward call, in this order, each part rounded up to 256 bytes. jax_na/_cuda.py declares
 // the extra output with the same formula.
 struct BackwardWorkspace {
+  int64_t counter_bytes;    // uint32 per pass
   int64_t stats_bytes;      // float2 per query and head
   int64_t intervals_bytes;  // int2 per token of each axis, queries and keys
   int64_t dq_bytes;         // float32 like query, unless deterministic
-  int64_t total() const { return stats_bytes + intervals_bytes + dq_bytes; }
+  int64_t total() const { return counter_bytes + stats_bytes + intervals_bytes + dq_bytes; }
 };
 
 inline BackwardWorkspace backward_workspace(const Problem& problem, bool deterministic) {
@@ -25,7 +26,7 @@ inline BackwardWorkspace backward_workspace(const Problem& problem, bool determi
   const int64_t rows = problem.batch * problem.q_tokens() * problem.heads;
   int64_t axis_tokens = 0;
   for (const Axis& axis : problem.axis) axis_tokens += axis.q_len + axis.kv_len;
-  return {round_up(rows * 8), round_up(axis_tokens * 8), deterministic ? 0 : round_up(rows * problem.dim * 4)};
+  return {256, round_up(rows * 8), round_up(axis_tokens * 8), deterministic ? 0 : round_up(rows * problem.dim * 4)};
 }
 
 // Rows of the outer tile and of an inner box, and what one box and one tile cost (nanoseconds on one SM of an H200, all
@@ -43,7 +44,7 @@ struct BackwardLaunch {
   BackwardPass pass;
   DType dtype;
   int32_t regime;
-  int64_t num_tiles;
+  int32_t num_sms;
   const BackwardParams* params;
 };
 
