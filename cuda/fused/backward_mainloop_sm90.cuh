@@ -675,8 +675,16 @@ struct Consumer {
             sm90::pin_registers(s);
             probabilities<true>(s, stats, row_lse, mask);
           }
-          if constexpr (kKeysPass) pack_fragments(p_fragments, s);
-          sm90::wgmma_wait<0>();
+          // PERF: dV is issued before dS is computed, dK before dS is stored: each hides what follows it.
+          if constexpr (kKeysPass) {
+            pack_fragments(p_fragments, s);
+            sm90::wgmma_fence();
+            issue_grads(acc1, p_fragments, shared.inner1[ring.slot]);
+            sm90::wgmma_commit();
+            sm90::wgmma_wait<1>();
+          } else {
+            sm90::wgmma_wait<0>();
+          }
           sm90::pin_registers(dp);
 #pragma unroll
           for (int j = 0; j < C::kInner / 8; ++j) {
@@ -694,7 +702,6 @@ struct Consumer {
           pack_fragments(ds_fragments, dp);
 
           sm90::wgmma_fence();
-          if constexpr (kKeysPass) issue_grads(acc1, p_fragments, shared.inner1[ring.slot]);
           issue_grads(acc0, ds_fragments, shared.inner0[ring.slot]);
           sm90::wgmma_commit();
           float dq[kKeysPass ? C::kDqChannels / 2 : 1];

@@ -16,13 +16,13 @@ constexpr double kLog2e = 1.4426950408889634;
 // Regimes by head dimension and pass; times measured on an H200 (see DESIGN.md, "Backward").
 std::vector<BackwardRegime> backward_regimes(int32_t dim, BackwardPass pass) {
   if (pass == BackwardPass::kQueries) {
-    if (dim == 128) return {{128, 64, 2200, 300, 3000}};
-    if (dim == 64) return {{128, 128, 2400, 500, 3000}};
-    return {{64, 64, 500, 100, 700}};
+    if (dim == 128) return {{128, 64, 2000, 60, 800}};
+    if (dim == 64) return {{128, 128, 2200, 90, 1500}};
+    return {{64, 64, 400, 0, 500}};
   }
-  if (dim == 128) return {{128, 64, 2600, 300, 3500}};
-  if (dim == 64) return {{128, 128, 3300, 500, 3500}, {64, 64, 1250, 150, 1000}};
-  return {{64, 64, 800, 100, 800}};
+  if (dim == 128) return {{128, 64, 3000, 60, 800}};
+  if (dim == 64) return {{128, 128, 3200, 90, 1500}, {64, 64, 1100, 30, 500}};
+  return {{64, 64, 560, 0, 500}};
 }
 
 struct BackwardPlan {
