@@ -20,7 +20,8 @@
 namespace jax_na::hopper {
 
 // Registers and shared memory per configuration: see DESIGN.md, "Backward".
-template <typename T_, int D, int kInnerRows, int kWarpgroups, int kRing, int kOuterRing, int kCtasPerSm, BackwardPass kPass_>
+template <typename T_, int D, int kInnerRows, int kWarpgroups, int kRing, int kOuterRing, int kCtasPerSm,
+          BackwardPass kPass_>
 struct BackwardConfig {
   using T = T_;
   static constexpr BackwardPass kPass = kPass_;
@@ -385,8 +386,8 @@ struct RowMask {
   __device__ __forceinline__ RowMask() : word{~0u, ~0u} {}
 
   // row: the first of the thread's two rows, eight apart.
-  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared, const TileRecord<C>& tile,
-                                     const BoxRecord& record, int row) {
+  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared,
+                                     const TileRecord<C>& tile, const BoxRecord& record, int row) {
     const uint32_t* prefix = reinterpret_cast<const uint32_t*>(shared.prefix) + threadIdx.x % 4;
     word[0] = word[1] = ~0u;
 #pragma unroll
@@ -499,8 +500,7 @@ struct Consumer {
     const uint64_t a = sm90::descriptor_mn_major<128>(sm90::smem_address(ds) + query_block * C::kOuter * 128, 0);
     const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
     const uint32_t offset = channel / C::kBlockChannels * C::kOuterBlockBytes + channel % C::kBlockChannels * 2;
-    const uint64_t b =
-        sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(keys) + offset, C::kOuterBlockBytes);
+    const uint64_t b = sm90::descriptor_mn_major<C::kRowBytes>(sm90::smem_address(keys) + offset, C::kOuterBlockBytes);
 #pragma unroll
     for (int k = 0; k < C::kOuter / 16; ++k) {
       const uint64_t a_step = sm90::descriptor_advance(a, k * 16 * 128);
@@ -658,8 +658,8 @@ struct Consumer {
         sm90::wgmma_fence();
         issue_scores(s, outer0, shared.inner0[ring.slot]);
         issue_scores(dp, outer1, shared.inner1[ring.slot]);
-        // The only way out is the break behind the last wait: a path that leaves with products in flight would make the compiler
-        // serialize all of them.
+        // The only way out is the break behind the last wait: a path that leaves with products in flight would make the
+        // compiler serialize all of them.
 #pragma unroll 1
         for (int32_t left = boxes;; --left) {
           const float2* stats = shared.stats[ring.slot] + 2 * (threadIdx.x % 4);

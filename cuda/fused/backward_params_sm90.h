@@ -20,7 +20,8 @@ namespace jax_na::hopper {
 
 enum class BackwardPass { kKeys, kQueries };
 
-// What pass kKeys does with dq: nothing; add to the float32 workspace; write it, because one tile holds every key of a dilation group.
+// What pass kKeys does with dq: nothing; add to the float32 workspace; write it, because one tile holds every key of a
+// dilation group.
 enum class DqOutput : int32_t { kNone, kSum, kFinal };
 
 constexpr int kMaxPrefixRows = 136;  // sum over the axes of inner_box + 1, at most 128 + 1 + 2 + 2
@@ -85,13 +86,13 @@ struct BackwardParams {
   int32_t group_heads;  // query heads per key/value head
   int64_t q_tokens;     // per batch entry
   int64_t outer_tokens;
-DqOutput dq;                  // pass kKeys
+  DqOutput dq;  // pass kKeys
   float scale;
   float scale_log2;       // scale * log2(e)
   const Shard* halo;      // [rank], read only if sharded
   const int2* intervals;  // [axis][outer token]: the inner ordinals it needs (backward_around_sm90.cuh)
   const float2* stats;    // [batch, heads, q tokens]: lse * log2(e), delta
-  void* grad_query;             // [batch, q tokens, heads, dim]
+  void* grad_query;       // [batch, q tokens, heads, dim]
   float* grad_query_f32;  // [batch, q tokens, heads, dim], not yet scaled
   void* grad_outer0;      // dk, or dq in pass kQueries
   void* grad_outer1;      // dv

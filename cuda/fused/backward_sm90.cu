@@ -240,7 +240,8 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (num_rows >= (int64_t(1) << 31) || problem.q_tokens() >= (int64_t(1) << 31)) {
     return Status::error("Hopper backward: more than 2^31 queries and heads in one call");
   }
-  // One key tile per dilation group: dq is complete in it. Then nothing is summed in memory, and the result is deterministic anyway.
+  // One key tile per dilation group: dq is complete in it. Then nothing is summed in memory, and the result is
+  // deterministic anyway.
   const BackwardPlan plan = backward_plan(problem, BackwardPass::kKeys);
   if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
   bool one_tile = !problem.sharded;
@@ -291,8 +292,8 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   const int64_t num_chunks = num_rows * problem.dim / kChannelsPerThread;
   const dim3 blocks(uint32_t((num_chunks + kAroundThreads - 1) / kAroundThreads));
   if (half) {
-    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(memory.grad_query_f32, static_cast<__half*>(buffers.grad_query),
-                                                                   problem.scale, num_chunks);
+    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(
+        memory.grad_query_f32, static_cast<__half*>(buffers.grad_query), problem.scale, num_chunks);
   } else {
     backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(
         memory.grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query), problem.scale, num_chunks);
