@@ -232,6 +232,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (problem.num_extra > 0 || buffers.forward.bias != nullptr) {
     return Status::error("Hopper backward: no additional keys, no bias");
   }
+  if (problem.batch == 0) return {};
   const BackwardWorkspace workspace = backward_workspace(problem, options.deterministic);
   if (buffers.forward.workspace_bytes < workspace.total()) {
     return Status::error("Hopper backward: the workspace is smaller than backward_workspace(problem).total()");
