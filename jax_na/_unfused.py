@@ -376,28 +376,31 @@ def backward(
     name: str, spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array, grad_lse: Array | None, halo: Array
 ) -> Inputs:
     """``_backends.Implementation.backward``: one product for the scores again, then four for the gradients."""
+    del out
     spec = dataclasses.replace(spec, implementation=name)
     query, key, value, bias, extra_key, extra_value = inputs
     acc = accumulation_dtype(query.dtype)
     plain = dataclasses.replace(spec, scale=1.0)
     window_scores, scores_vjp = jax.vjp(lambda q, k, b: scores(spec, q, k, b, halo), query, key, bias)
     weights = jnp.exp(window_scores.astype(acc) - lse[..., None])
-    delta = jnp.sum(out.astype(acc) * grad_out.astype(acc), -1, keepdims=True)
+    grad_weights = pointwise(plain, grad_out, value, halo).astype(acc)
+    # From the very products that it is subtracted from, not from out * grad_out: their rounding errors cancel.
+    delta = jnp.sum(weights * grad_weights, -1, keepdims=True)
+    dot = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=acc)
+    split = functools.partial(_split_heads, spec, kv_heads=key.shape[-2])
+    if extra_key is not None:
+        extra_scores = dot("...qgrd,...mgd->...qgrm", split(query), extra_key) * jnp.asarray(spec.scale, acc)
+        extra_weights = jnp.exp(extra_scores - split(lse[..., None]))
+        extra_grad = dot("...qgrd,...mgd->...qgrm", split(grad_out), extra_value)
+        delta = delta + jnp.sum(extra_weights * extra_grad, -1).reshape(delta.shape)
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
-    grad_weights = pointwise(plain, grad_out, value, halo)
-    grad_scores = weights * (grad_weights.astype(acc) - delta)
+    grad_scores = weights * (grad_weights - delta)
     grad_query, grad_key, grad_bias = scores_vjp(grad_scores.astype(window_scores.dtype))
     grad_value = inverse(plain, weights.astype(value.dtype), grad_out, halo, _kv_shape(spec, value))
     if extra_key is None:
         return Inputs(grad_query, grad_key, grad_value, grad_bias, None, None)
 
-    dot = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=acc)
-    kv_heads = key.shape[-2]
-    split = functools.partial(_split_heads, spec, kv_heads=kv_heads)
-    extra_scores = dot("...qgrd,...mgd->...qgrm", split(query), extra_key) * jnp.asarray(spec.scale, acc)
-    extra_weights = jnp.exp(extra_scores - split(lse[..., None]))
-    extra_grad = dot("...qgrd,...mgd->...qgrm", split(grad_out), extra_value)
     extra_grad = (extra_weights * (extra_grad - split(delta)) * spec.scale).astype(query.dtype)
     from_extra = dot("...qgrm,...mgd->...qgrd", extra_grad, extra_key).reshape(query.shape)
     grad_query = (grad_query.astype(acc) + from_extra).astype(query.dtype)

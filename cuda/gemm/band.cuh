@@ -28,24 +28,13 @@ struct Accumulator<true, kTiles> {
   }
 };
 
-// The two columns of a lane: packed key with guard bits, and its place in the window's enumeration.
-struct LaneKeys {
-  uint32_t key[2];
-  int32_t slot[2];
-
-  __device__ __forceinline__ void set(const Params& params, int i, bool exists, const int32_t (&x)[kMaxRank]) {
-    key[i] = (exists ? pack(params, x[0], x[1], x[2]) : params.nowhere) + params.guard;
-    slot[i] = linear(params, x[0], x[1], x[2]);
-  }
-};
-
 // Sixteen rows of 64 columns: element (r, column) is the weight that query `rows[r]` gives the key of the column, or zero.
 // PERF: eight rows are loaded before any is stored, so that sixteen loads a lane are under way.
 template <typename T>
-__device__ __forceinline__ void gather_rows(const Params& params, const T* weights, const Row* rows, const LaneKeys& keys,
-                                            unsigned char* to, int stride, int lane) {
-  const Bits<T>* const from = reinterpret_cast<const Bits<T>*>(weights);
+__device__ __forceinline__ void gather_rows(uint32_t guard, const Row* rows, const LaneKeys<T>& keys, unsigned char* to,
+                                            int stride, int lane) {
   constexpr int kBatch = 8;
+  unsigned char* const to_lane = to + lane * sizeof(T);
 #pragma unroll
   for (int first = 0; first < kWarpRows; first += kBatch) {
     Bits<T> value[kBatch][2];
@@ -55,8 +44,8 @@ __device__ __forceinline__ void gather_rows(const Params& params, const T* weigh
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         value[r][i] = 0;
-        if (fields_inside(keys.key[i], row.first, row.last, params.guard)) {
-          value[r][i] = __ldg(from + row.base + keys.slot[i]);
+        if (fields_inside(keys.key[i], row.first, row.last, guard)) {
+          value[r][i] = __ldg(reinterpret_cast<const Bits<T>*>(row.base + keys.offset[i]));
         }
       }
     }
@@ -64,7 +53,7 @@ __device__ __forceinline__ void gather_rows(const Params& params, const T* weigh
     for (int r = 0; r < kBatch; ++r) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        *reinterpret_cast<Bits<T>*>(to + (first + r) * stride + (lane + 32 * i) * sizeof(T)) = value[r][i];
+        *reinterpret_cast<Bits<T>*>(to_lane + (first + r) * stride + 32 * i * sizeof(T)) = value[r][i];
       }
     }
   }

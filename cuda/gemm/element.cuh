@@ -121,32 +121,55 @@ __device__ __forceinline__ Pair<T> make_pair_of(float low, float high) {
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
 
-// Rows of `width` elements from `source + token * token_stride`, token by token from `tokens` (-1: zeros), into shared
-// memory. Columns at and beyond `valid` become zero. All threads of the block take part.
+// PERF: a plain store through a pointer that was read from shared memory compiles to a generic store, behind which no load
+// from shared memory may move up. This one may be reordered with them: nothing in the kernel reads what it wrote.
 template <typename T>
-__device__ __forceinline__ void load_rows(uint32_t shared, int stride, const T* source, int64_t token_stride,
-                                          const int32_t* tokens, int width, int valid, bool aligned) {
+__device__ __forceinline__ void store_global(char* to, Bits<T> value) {
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("st.global.b16 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)), "h"(value));
+  } else {
+    asm volatile("st.global.b32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(to)), "r"(value));
+  }
+}
+
+// Rows of kWidth elements from `source + token * token_bytes` (bytes), token by token from `tokens` (-1: zeros), into
+// shared memory. Columns at and beyond `valid` become zero. All threads of the block take part.
+template <typename T, int kWidth>
+__device__ __forceinline__ void load_rows(uint32_t shared, int stride, const T* source, int32_t token_bytes,
+                                          const int32_t* tokens, int valid, bool aligned) {
   if (aligned) {
-    constexpr int kElements = 16 / sizeof(T);
-    const int pieces = width / kElements;
-    const int lanes_log2 = pieces > 4 ? 3 : 2;
-    const int lane = threadIdx.x & ((1 << lanes_log2) - 1);
-    for (int row = threadIdx.x >> lanes_log2; row < kChunk; row += kThreads >> lanes_log2) {
-      const int32_t token = tokens[row];
-      const T* from = source + max(token, 0) * token_stride;
-      for (int piece = lane; piece < pieces; piece += 1 << lanes_log2) {
-        const bool exists = token >= 0 && piece * kElements < valid;
-        sm80::copy_16(shared + row * stride + piece * 16, exists ? from + piece * kElements : source, exists);
-      }
+    constexpr int kElements = 16 / sizeof(T), kPieces = kWidth / kElements, kRows = kThreads / kPieces;
+    static_assert(kPieces * kRows == kThreads && kChunk % kRows == 0);
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    const bool in_row = piece * kElements < valid;
+    const char* const from = reinterpret_cast<const char*>(source + (in_row ? piece * kElements : 0));
+    const uint32_t to = shared + row * stride + piece * 16;
+#pragma unroll
+    for (int i = 0; i < kChunk / kRows; ++i) {
+      const int32_t token = tokens[row + i * kRows];
+      sm80::copy_16(to + i * kRows * stride, from + int64_t(max(token, 0)) * token_bytes, in_row && token >= 0);
     }
   } else {
-    for (int i = threadIdx.x; i < kChunk * width; i += kThreads) {
-      const int row = i / width, column = i - row * width;
+    for (int i = threadIdx.x; i < kChunk * kWidth; i += kThreads) {
+      const int row = i / kWidth, column = i % kWidth;
       const int32_t token = tokens[row];
-      const T value = token >= 0 && column < valid ? source[token * token_stride + column] : from_float<T>(0.0f);
+      const char* const from = reinterpret_cast<const char*>(source) + int64_t(token) * token_bytes;
+      const T value = token >= 0 && column < valid ? reinterpret_cast<const T*>(from)[column] : from_float<T>(0.0f);
       *reinterpret_cast<T*>(__cvta_shared_to_generic(shared + row * stride + column * sizeof(T))) = value;
     }
   }
 }
+
+// The two columns of a lane: packed key with guard bits, and its place in the window's enumeration, in bytes.
+template <typename T>
+struct LaneKeys {
+  uint32_t key[2];
+  int64_t offset[2];
+
+  __device__ __forceinline__ void set(const Params& params, int i, bool exists, const int32_t (&x)[kMaxRank]) {
+    key[i] = (exists ? pack(params, x[0], x[1], x[2]) : params.nowhere) + params.guard;
+    offset[i] = int64_t(linear(params, x[0], x[1], x[2])) * int64_t(sizeof(T));
+  }
+};
 
 }  // namespace jax_na::gemm

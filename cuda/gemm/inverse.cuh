@@ -27,17 +27,8 @@ struct Inverse {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Problem& problem = params.problem;
     const Work work(params, blockIdx.x);
-    if (threadIdx.x < kMaxRank) key_tile_axis(params, work, threadIdx.x, &block.axis[threadIdx.x]);
-    __syncthreads();
-    if (block.axis[0].count <= 0 || block.axis[1].count <= 0 || block.axis[2].count <= 0) return;
-    if (threadIdx.x == 0) {
-      // A tile that no query reaches (a halo beyond the edge) has no columns; one keeps the radix legal.
-      const bool reached = block.axis[0].extent > 0 && block.axis[1].extent > 0 && block.axis[2].extent > 0;
-      for (int a = 0; a < kMaxRank; ++a) block.axis[a].extent = max(block.axis[a].extent, 1);
-      set_steps(block);
-      if (!reached) block.columns = 0;
-    }
-    LaneKeys keys;
+    if (!make_key_block(params, work, block)) return;
+    LaneKeys<T> keys;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int32_t r[kMaxRank];
@@ -48,12 +39,11 @@ struct Inverse {
     __syncthreads();
 
     const int group = problem.heads / problem.kv_heads, column = work.column_block * kColumns;
-    const int64_t q_stride = int64_t(problem.heads) * problem.dim, k_stride = int64_t(problem.kv_heads) * problem.dim;
+    const int32_t q_stride = problem.heads * problem.dim, k_stride = problem.kv_heads * problem.dim;
     const T* source = static_cast<const T*>(params.per_query) + work.batch * problem.q_tokens() * q_stride +
                       int64_t(work.head) * group * problem.dim + column;
     T* out =
         static_cast<T*>(params.per_key) + work.batch * problem.kv_tokens() * k_stride + int64_t(work.head) * problem.dim;
-    const T* weights = static_cast<const T*>(params.weights);
 
     const uint32_t s_query = sm80::shared_address(shared_memory);
     unsigned char* const band = shared_memory + 2 * kChunk * kQueryStride;
@@ -69,8 +59,7 @@ struct Inverse {
         q_tokens[buffer][threadIdx.x] = token;
         rows[buffer][threadIdx.x] =
             token < 0 ? empty_row(params)
-                      : union_query_row(params, block, ahead,
-                                        weights_row(params, work.batch, token, work.head * group + ahead_head));
+                      : union_query_row<T>(params, block, ahead, work.batch, token, work.head * group + ahead_head);
       }
       ahead.advance(block);
       if (ahead.index - int(threadIdx.x % kChunk) >= chunks * kChunk) {
@@ -79,8 +68,9 @@ struct Inverse {
       }
     };
     auto load_stage = [&](int stage) {
-      load_rows(s_query + (stage & 1) * kChunk * kQueryStride, kQueryStride, source + int64_t(stage / chunks) * problem.dim,
-                q_stride, q_tokens[stage & 1], kColumns, problem.dim - column, params.aligned);
+      load_rows<T, kColumns>(s_query + (stage & 1) * kChunk * kQueryStride, kQueryStride,
+                             source + int64_t(stage / chunks) * problem.dim, q_stride * sizeof(T), q_tokens[stage & 1],
+                             problem.dim - column, params.aligned);
       sm80::commit_group();
     };
     float c[kColumns / 8][4] = {};
@@ -91,8 +81,8 @@ struct Inverse {
       describe(1);
     }
     for (int stage = 0; stage < stages; ++stage) {
-      gather_rows(params, weights, rows[stage & 1] + warp * kWarpRows, keys, band + warp * kWarpRows * kBandStride,
-                  kBandStride, lane);
+      gather_rows<T>(params.guard, rows[stage & 1] + warp * kWarpRows, keys, band + warp * kWarpRows * kBandStride,
+                     kBandStride, lane);
       sm80::wait_group<0>();
       __syncthreads();  // the band and the queries are here; rows of the next stage are written
       if (stage + 1 < stages) load_stage(stage + 1);

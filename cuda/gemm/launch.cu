@@ -91,6 +91,10 @@ Status make_params(Product pass, const Problem& problem, int32_t columns_per_blo
   if (bits > 32 || volume >= int64_t(1) << 31) {
     return Status::error("a window of " + std::to_string(volume) + " keys is too large for the GEMM kernels");
   }
+  if (int64_t(problem.heads) * problem.dim * element_bytes >= int64_t(1) << 31) {
+    return Status::error(std::to_string(problem.heads) + " heads of " + std::to_string(problem.dim) +
+                         " elements: a token is limited to 2^31 - 1 bytes");
+  }
   params->volume = int32_t(volume);
   const int32_t heads = pass == Product::kInverse ? problem.kv_heads : problem.heads;
   const int32_t column_blocks = columns_per_block == 0 ? 1 : ceil_div(problem.dim, columns_per_block);

@@ -22,46 +22,36 @@ struct Neighborhood {
     __shared__ Row rows[kTile];
     __shared__ int32_t q_tokens[kTile];
     __shared__ int32_t k_tokens[2][kChunk];
-    __shared__ int empty;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Problem& problem = params.problem;
     const Work work(params, blockIdx.x);
-    if (threadIdx.x == 0) empty = 0;
-    __syncthreads();
-    if (threadIdx.x < kMaxRank && !query_tile_axis(params, work, threadIdx.x, &block.axis[threadIdx.x])) empty = 1;
-    __syncthreads();
-    if (empty) return;
-    if (threadIdx.x == 0) set_steps(block);
-    __syncthreads();
+    if (!make_query_block(params, work, block)) return;
 
     if (threadIdx.x < kTile) {
       int32_t r[kMaxRank];
       const int32_t token = row_token(params, block, threadIdx.x, false, r);
       q_tokens[threadIdx.x] = token;
-      rows[threadIdx.x] = token < 0
-                              ? empty_row(params)
-                              : tile_query_row(params, block, r, weights_row(params, work.batch, token, work.head), true);
+      rows[threadIdx.x] = token < 0 ? empty_row(params) : tile_query_row<T>(params, block, work, token, r, true);
     }
     Column mine0(block, lane), mine1(block, lane + 32), ahead(block, threadIdx.x % kChunk);
     if (threadIdx.x < kChunk) k_tokens[0][threadIdx.x] = column_token(params, block, ahead, true);
     __syncthreads();
 
     const int kv_head = work.head / (problem.heads / problem.kv_heads), column = work.column_block * kColumns;
-    const int64_t q_stride = int64_t(problem.heads) * problem.dim, k_stride = int64_t(problem.kv_heads) * problem.dim;
+    const int32_t q_stride = problem.heads * problem.dim, k_stride = problem.kv_heads * problem.dim;
     const T* value = static_cast<const T*>(params.per_key) + work.batch * problem.kv_tokens() * k_stride +
                      int64_t(kv_head) * problem.dim + column;
     T* out =
         static_cast<T*>(params.per_query) + work.batch * problem.q_tokens() * q_stride + int64_t(work.head) * problem.dim;
-    const T* weights = static_cast<const T*>(params.weights);
 
     const uint32_t s_value = sm80::shared_address(shared_memory);
     unsigned char* const band = shared_memory + 2 * kChunk * kValueStride + warp * kWarpRows * kBandStride;
     const uint32_t s_band = sm80::shared_address(band);
     const int chunks = (block.columns + kChunk - 1) / kChunk;
     auto load_chunk = [&](int chunk) {
-      load_rows(s_value + (chunk & 1) * kChunk * kValueStride, kValueStride, value, k_stride, k_tokens[chunk & 1], kColumns,
-                problem.dim - column, params.aligned);
+      load_rows<T, kColumns>(s_value + (chunk & 1) * kChunk * kValueStride, kValueStride, value, k_stride * sizeof(T),
+                             k_tokens[chunk & 1], problem.dim - column, params.aligned);
       sm80::commit_group();
     };
     load_chunk(0);
@@ -70,10 +60,10 @@ struct Neighborhood {
 
     float c[kColumns / 8][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      LaneKeys keys;
+      LaneKeys<T> keys;
       keys.set(params, 0, mine0.index < block.columns, mine0.x);
       keys.set(params, 1, mine1.index < block.columns, mine1.x);
-      gather_rows(params, weights, rows + warp * kWarpRows, keys, band, kBandStride, lane);
+      gather_rows<T>(params.guard, rows + warp * kWarpRows, keys, band, kBandStride, lane);
       mine0.advance(block);
       mine1.advance(block);
       sm80::wait_group<0>();

@@ -62,11 +62,11 @@ struct Block {
   int32_t columns;  // of the union
 };
 
-// A query's window: packed first key, packed last key plus twice the guard bits, and where its slots lie: element
-// `base + linear(key)` of the weights.
+// A query's window: packed first key, packed last key plus twice the guard bits, and where its slots lie: that of a key at
+// `base` plus linear(key) elements.
 struct alignas(16) Row {
   uint32_t first, last;
-  int64_t base;
+  char* base;
 };
 
 __device__ __forceinline__ Shard shard_of(const Params& params, int axis) {
@@ -108,14 +108,18 @@ struct Work {
   }
 };
 
+// n / d and the remainder for 0 <= n < 2^20: the quotient's error stays below the half that is added to n.
+__device__ __forceinline__ int32_t small_divide(int32_t n, int32_t d, int32_t* remainder) {
+  const int32_t quotient = __float2int_rz(__fdividef(n + 0.5f, d));
+  *remainder = n - quotient * d;
+  return quotient;
+}
+
 // kChunk = (s0, s1, s2) in the radix of the extents, so that a column advances by a chunk without a division.
 __device__ __forceinline__ void set_steps(Block& block) {
   int32_t rest = kChunk;
 #pragma unroll
-  for (int a = kMaxRank - 1; a > 0; --a) {
-    block.axis[a].step = rest % block.axis[a].extent;
-    rest /= block.axis[a].extent;
-  }
+  for (int a = kMaxRank - 1; a > 0; --a) rest = small_divide(rest, block.axis[a].extent, &block.axis[a].step);
   block.axis[0].step = rest;
   block.columns = block.axis[0].extent * block.axis[1].extent * block.axis[2].extent;
 }
@@ -124,11 +128,10 @@ __device__ __forceinline__ void set_steps(Block& block) {
 struct Column {
   int32_t index, x[kMaxRank];
 
+  // `column` < kChunk.
   __device__ Column(const Block& block, int32_t column) : index(column) {
-    x[2] = column % block.axis[2].extent;
-    column /= block.axis[2].extent;
-    x[1] = column % block.axis[1].extent;
-    x[0] = column / block.axis[1].extent;
+    column = small_divide(column, block.axis[2].extent, &x[2]);
+    x[0] = small_divide(column, block.axis[1].extent, &x[1]);
   }
 
   __device__ __forceinline__ void advance(const Block& block) {
@@ -147,8 +150,8 @@ struct Column {
   }
 };
 
-// Queries of a tile (pointwise, neighborhood): the union is made of keys. Returns false if the tile is empty.
-__device__ __forceinline__ bool query_tile_axis(const Params& params, const Work& work, int a, TileAxis* result) {
+// Queries of a tile (pointwise, neighborhood): the union is made of keys.
+__device__ __forceinline__ void query_tile_axis(const Params& params, const Work& work, int a, TileAxis* result) {
   const Axis& axis = params.problem.axis[a];
   TileAxis tile;
   tile.group = group_axis(axis, shard_of(params, a), work.residue[a]);
@@ -161,7 +164,6 @@ __device__ __forceinline__ bool query_tile_axis(const Params& params, const Work
   tile.step = 0;
   tile.origin = tile.group.kv_first + (tile.begin - tile.group.kv_base) * axis.dilation;
   *result = tile;
-  return tile.count > 0;
 }
 
 // Keys of a tile (inverse): the union is made of queries. group.q_count counts the local queries of the group.
@@ -199,6 +201,33 @@ __device__ __forceinline__ void key_tile_axis(const Params& params, const Work& 
   *result = tile;
 }
 
+// The block of a query tile, for all threads; false if the tile lies beyond the end of its dilation group.
+__device__ __forceinline__ bool make_query_block(const Params& params, const Work& work, Block& block) {
+  if (threadIdx.x < 32) {
+    if (threadIdx.x < kMaxRank) query_tile_axis(params, work, threadIdx.x, &block.axis[threadIdx.x]);
+    __syncwarp();
+    if (threadIdx.x == 0) set_steps(block);
+  }
+  __syncthreads();
+  return block.axis[0].count > 0 && block.axis[1].count > 0 && block.axis[2].count > 0;
+}
+
+// The same of a key tile. A tile that no query reaches (a halo beyond the edge) has no columns.
+__device__ __forceinline__ bool make_key_block(const Params& params, const Work& work, Block& block) {
+  if (threadIdx.x < 32) {
+    if (threadIdx.x < kMaxRank) key_tile_axis(params, work, threadIdx.x, &block.axis[threadIdx.x]);
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      const bool reached = block.axis[0].extent > 0 && block.axis[1].extent > 0 && block.axis[2].extent > 0;
+      for (int a = 0; a < kMaxRank; ++a) block.axis[a].extent = max(block.axis[a].extent, 1);  // a legal radix
+      set_steps(block);
+      if (!reached) block.columns = 0;
+    }
+  }
+  __syncthreads();
+  return block.axis[0].count > 0 && block.axis[1].count > 0 && block.axis[2].count > 0;
+}
+
 // Local token of a column, or -1 where the tensor has none.
 __device__ __forceinline__ int32_t column_token(const Params& params, const Block& block, const Column& column, bool keys) {
   if (column.index >= block.columns) return -1;
@@ -218,10 +247,8 @@ __device__ __forceinline__ int32_t column_token(const Params& params, const Bloc
 // Local token of row `row` of the tile, or -1 where the tile overhangs.
 __device__ __forceinline__ int32_t row_token(const Params& params, const Block& block, int32_t row, bool keys,
                                              int32_t (&r)[kMaxRank]) {
-  r[2] = row % params.box[2];
-  row /= params.box[2];
-  r[1] = row % params.box[1];
-  r[0] = row / params.box[1];
+  row = small_divide(row, params.box[2], &r[2]);
+  r[0] = small_divide(row, params.box[1], &r[1]);
   int32_t token = 0;
   bool exists = true;
 #pragma unroll
@@ -234,14 +261,18 @@ __device__ __forceinline__ int32_t row_token(const Params& params, const Block& 
   return exists ? token : -1;
 }
 
-// Element 0 of the weights of one query and head.
-__device__ __forceinline__ int64_t weights_row(const Params& params, int64_t batch, int32_t token, int32_t head) {
-  return ((batch * params.problem.q_tokens() + token) * params.problem.heads + head) * params.volume;
+// The weights of one query and head, `offset` elements on.
+template <typename T>
+__device__ __forceinline__ char* weights_row(const Params& params, int64_t batch, int32_t token, int32_t head,
+                                             int32_t offset) {
+  const int64_t row = (batch * params.problem.q_tokens() + token) * params.problem.heads + head;
+  return static_cast<char*>(params.weights) + (row * params.volume + offset) * int64_t(sizeof(T));
 }
 
 // The Row of a query of the tile. `visible`: last key seen; otherwise last key of the whole window.
-__device__ __forceinline__ Row tile_query_row(const Params& params, const Block& block, const int32_t (&r)[kMaxRank],
-                                              int64_t weights_base, bool visible) {
+template <typename T>
+__device__ __forceinline__ Row tile_query_row(const Params& params, const Block& block, const Work& work, int32_t token,
+                                              const int32_t (&r)[kMaxRank], bool visible) {
   int32_t first[kMaxRank], last[kMaxRank];
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
@@ -252,14 +283,15 @@ __device__ __forceinline__ Row tile_query_row(const Params& params, const Block&
     last[a] = (visible ? seen.end : seen.begin + axis.window) - 1 - tile.begin;
   }
   return Row{pack(params, first[0], first[1], first[2]), pack(params, last[0], last[1], last[2]) + 2 * params.guard,
-             weights_base - linear(params, first[0], first[1], first[2])};
+             weights_row<T>(params, work.batch, token, work.head, -linear(params, first[0], first[1], first[2]))};
 }
 
-__device__ __forceinline__ Row empty_row(const Params& params) { return Row{params.nowhere, 2 * params.guard, 0}; }
+__device__ __forceinline__ Row empty_row(const Params& params) { return Row{params.nowhere, 2 * params.guard, nullptr}; }
 
 // The Row of a query of the union (inverse): window coordinates relative to the key tile, cut to it.
+template <typename T>
 __device__ __forceinline__ Row union_query_row(const Params& params, const Block& block, const Column& column,
-                                               int64_t weights_base) {
+                                               int64_t batch, int32_t token, int32_t head) {
   int32_t from[kMaxRank], first[kMaxRank], last[kMaxRank];
   bool reaches = true;
 #pragma unroll
@@ -275,7 +307,7 @@ __device__ __forceinline__ Row union_query_row(const Params& params, const Block
   }
   if (!reaches) return empty_row(params);
   return Row{pack(params, first[0], first[1], first[2]), pack(params, last[0], last[1], last[2]) + 2 * params.guard,
-             weights_base - linear(params, from[0], from[1], from[2])};
+             weights_row<T>(params, batch, token, head, -linear(params, from[0], from[1], from[2]))};
 }
 
 }  // namespace jax_na::gemm
