@@ -274,6 +274,21 @@ na_neighborhood_p = _make("na_neighborhood", _neighborhood_abstract, _neighborho
 na_inverse_p = _make("na_inverse", _inverse_abstract, _inverse_body, _inverse_transpose)
 
 
+# --- what is not finite ----------------------------------------------------------------------------------------------
+# A tile holds tokens that some of its queries do not see; their weight is zero, but zero times NaN is NaN. So in the composed
+# attention the products with weights run over cleaned operands, and a token that is not finite reaches just those that see it,
+# through the scores, as NaN.
+
+
+def _clean(array: Array) -> Array:
+    return jnp.where(jnp.isfinite(array), array, 0)
+
+
+def _poison(array: Array) -> Array:
+    """NaN where a row of ``array`` (its last axis) holds anything that is not finite, else zero."""
+    return jnp.where(jnp.isfinite(array).all(-1, keepdims=True), jnp.zeros((), array.dtype), jnp.nan)
+
+
 # --- the composed attention ------------------------------------------------------------------------------------------
 
 
@@ -307,7 +322,10 @@ def _per_slot_bias(spec: Spec, bias: Array, query_spatial: tuple[int, ...], halo
 
 def scores(spec: Spec, query: Array, key: Array, bias: Array | None, halo: Array) -> Array:
     """Scaled and biased scores ``[*B, *Sq, H, W]``, -inf outside a causal mask; float32 where there is a bias."""
-    result = pointwise(spec, query, key, halo)
+    return _biased(spec, pointwise(spec, query, key, halo), query, bias, halo)
+
+
+def _biased(spec: Spec, result: Array, query: Array, bias: Array | None, halo: Array) -> Array:
     spatial = spec.spatial(query)
     if bias is not None:
         acc = accumulation_dtype(query.dtype)
@@ -328,7 +346,7 @@ def attention(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array, Ar
     """
     query, key, value, bias, extra_key, extra_value = inputs
     acc = accumulation_dtype(query.dtype)
-    window_scores = scores(spec, query, key, bias, halo).astype(acc)
+    window_scores = scores(spec, query, key + _poison(value), bias, halo).astype(acc)
     row_max = jnp.max(window_scores, -1, keepdims=True)
     dot = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=acc)
     if extra_key is not None:
@@ -344,7 +362,7 @@ def attention(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array, Ar
         row_sum = row_sum + jnp.sum(extra_exponentials, -1, keepdims=True)
     lse = (jnp.log(row_sum) + row_max)[..., 0]
     weights = (exponentials / row_sum).astype(query.dtype)
-    out = neighborhood(dataclasses.replace(spec, scale=1.0), weights, value, halo)
+    out = neighborhood(dataclasses.replace(spec, scale=1.0), weights, _clean(value), halo)
     if extra_key is not None:
         extra_weights = _split_heads(spec, extra_exponentials / row_sum, key.shape[-2]).astype(query.dtype)
         extra_out = dot("...qgrm,...mgd->...qgrd", extra_weights, extra_value)
@@ -381,8 +399,9 @@ def backward(
     query, key, value, bias, extra_key, extra_value = inputs
     acc = accumulation_dtype(query.dtype)
     plain = dataclasses.replace(spec, scale=1.0)
-    window_scores, scores_vjp = jax.vjp(lambda q, k, b: scores(spec, q, k, b, halo), query, key, bias)
-    weights = jnp.exp(window_scores.astype(acc) - lse[..., None])
+    products = pointwise(spec, query, key + _poison(value), halo)
+    window_scores, bias_vjp = jax.vjp(lambda bias: _biased(spec, products, query, bias, halo), bias)
+    weights = jnp.exp(window_scores.astype(acc) - (lse[..., None] + _poison(grad_out)))
     grad_weights = pointwise(plain, grad_out, value, halo).astype(acc)
     # From the very products that it is subtracted from, not from out * grad_out: their rounding errors cancel.
     delta = jnp.sum(weights * grad_weights, -1, keepdims=True)
@@ -396,8 +415,11 @@ def backward(
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
     grad_scores = weights * (grad_weights - delta)
-    grad_query, grad_key, grad_bias = scores_vjp(grad_scores.astype(window_scores.dtype))
-    grad_value = inverse(plain, weights.astype(value.dtype), grad_out, halo, _kv_shape(spec, value))
+    grad_bias = bias_vjp(grad_scores.astype(window_scores.dtype))[0]
+    grad_scores = grad_scores.astype(query.dtype)
+    grad_query = neighborhood(spec, grad_scores, _clean(key), halo)
+    grad_key = inverse(spec, grad_scores, _clean(query), halo, _kv_shape(spec, key))
+    grad_value = inverse(plain, weights.astype(value.dtype), _clean(grad_out), halo, _kv_shape(spec, value))
     if extra_key is None:
         return Inputs(grad_query, grad_key, grad_value, grad_bias, None, None)
 

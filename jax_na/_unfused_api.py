@@ -98,7 +98,8 @@ def na_av(
       ValueError, TypeError: an illegal argument.
       NotImplementedError: the named ``implementation`` cannot serve the call.
 
-    Differentiable in both operands, to any order and in both modes.
+    Differentiable in both operands, to any order and in both modes. A value that is not finite may reach, as NaN, queries near
+    those that see it: tiled products multiply it by zero. (:func:`jax_na.neighborhood_attention` guards against that.)
     """
     weights, value = jnp.asarray(weights), jnp.asarray(value)
     check_rank("weights", weights)
