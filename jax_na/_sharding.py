@@ -202,7 +202,7 @@ def _rule(where: Layout, heads: int, kv_heads: int, mesh: Mesh) -> SdyShardingRu
         tuple(mapping(names) for names in where.operands),
         tuple(mapping(names) for names in where.results),
         need_replication_factors=replicated,
-        **sizes,
+        **sizes,  # type: ignore[arg-type]
     )
 
 

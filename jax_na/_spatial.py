@@ -123,7 +123,7 @@ def _local(spec: Spec, split: Split, inputs: Inputs) -> tuple[Array, Array]:
         head = linear_index(sizes, split.heads) // (split.ways(split.heads) // split.kv_heads)
         key, value = (lax.dynamic_slice_in_dim(x, head, 1, -2) for x in (key, value))
         if inputs.extra_key is not None:
-            extra = (lax.dynamic_slice_in_dim(x, head, 1, -2) for x in (inputs.extra_key, inputs.extra_value))
+            extra = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, head, 1, -2), (inputs.extra_key, inputs.extra_value))
             inputs = Inputs(*inputs[:4], *extra)
     rows = []
     for axis, (axes, (block, left, right)) in enumerate(zip(split.spatial, split.widths, strict=True)):

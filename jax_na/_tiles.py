@@ -323,7 +323,7 @@ class Tiles:
     def _box_index(self, coords: Array) -> tuple[Array, ...]:
         first = (coords[i] * size for i, size in enumerate(self.plan.chunk))
         starts = (jnp.asarray(g.box_start)[coords[0], coords[3 + i]] for i, g in enumerate(self.axes))
-        return int32((*first, *starts, 0))
+        return tuple(int32((*first, *starts, 0)))
 
     def box(self, buffer: Array, coords: Array) -> Array:
         """The step's box of a key buffer: ``[g, b, h, keys, C]``."""

@@ -146,7 +146,9 @@ def backward(
             (axes, *(axis for _ in given)),
             axis,
         )(inputs, *given)
-        return grads if inputs.bias is None or axes.bias is not None else grads._replace(bias=jnp.sum(grads.bias, axis))
+        if inputs.bias is not None and axes.bias is None:  # shared: its gradients add up
+            grads = grads._replace(bias=jnp.sum(jnp.asarray(grads.bias), axis))
+        return grads
     query, key, value = inputs.query, inputs.key, inputs.value
     acc = accumulation_dtype(query.dtype)
     if query.size == 0:
@@ -224,7 +226,8 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     """Tangents of ``(out, lse)``: linear in ``tangents``."""
     if (axis := _symbolic_axis(spec, inputs)) is not None:
         axes = _mapped(spec, inputs, axis)
-        return jax.vmap(lambda *x: tangent(spec, *x, halo), (axes, axes, axis, axis), axis)(tangents, inputs, out, lse)
+        mapped = jax.vmap(lambda t, x, out, lse: tangent(spec, t, x, out, lse, halo), (axes, axes, axis, axis), axis)
+        return mapped(tangents, inputs, out, lse)
     query, key, value = inputs.query, inputs.key, inputs.value
     acc = accumulation_dtype(query.dtype)
     if query.size == 0:
