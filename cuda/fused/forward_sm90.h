@@ -643,7 +643,8 @@ template <typename Config>
 const char* launch_forward(const ForwardParams& params, int32_t num_sms, cudaStream_t stream) {
   constexpr int kBytes = sizeof(ForwardStorage<Config>) + 1024;
   static_assert(kBytes <= 232448, "shared memory of a Hopper CTA");
-  static const cudaError_t attribute =
+  // The attribute is per device and cheap to set; set once, it would hold for the first device only.
+  const cudaError_t attribute =
       cudaFuncSetAttribute(forward_sm90<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (attribute != cudaSuccess) return cudaGetErrorString(attribute);
   const int items = (params.num_items + Config::kRings - 1) / Config::kRings;
