@@ -15,6 +15,8 @@ const char* launch(int32_t kernel, DType dtype, const ForwardParams& params, int
     case 2: return launch_forward_kernel<2>(dtype, params, num_sms, stream);
     case 3: return launch_forward_kernel<3>(dtype, params, num_sms, stream);
     case 4: return launch_forward_kernel<4>(dtype, params, num_sms, stream);
+    case 5: return launch_forward_kernel<5>(dtype, params, num_sms, stream);
+    case 6: return launch_forward_kernel<6>(dtype, params, num_sms, stream);
     default: return "no such Hopper forward kernel";
   }
 }
@@ -32,36 +34,38 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
 
   ForwardParams params;
   int32_t q_len[kMaxRank], kv_len[kMaxRank];
+  int32_t q_box[kMaxRank];  // of one load
   int64_t num_items = problem.batch * problem.heads;
   for (int a = 0; a < kMaxRank; ++a) {
     const Axis& axis = problem.axis[a];
     params.axis[a] = axis;
     params.shard[a] = {0, 0, axis.q_len};
-    params.q_box[a] = plan.q_box[a];
+    params.unit[a] = plan.unit[a];
+    params.grid[a] = plan.grid[a];
+    params.warp_keys[a] = plan.warp_keys[a];
+    q_box[a] = kernel.sharing == Sharing::kWarps ? plan.unit[a] * plan.grid[a] : plan.unit[a];
     params.kv_box[a] = plan.kv_box[a];
     q_len[a] = axis.q_len;
     kv_len[a] = axis.kv_len;
-    const int32_t extent = plan.q_box[a] * (kernel.shared && a == plan.split_axis ? kernel.num_consumers : 1);
+    const int32_t extent = plan.unit[a] * plan.grid[a];
     const int32_t queries = (axis.q_len + axis.dilation - 1) / axis.dilation;
     const int32_t tiles = (queries + extent - 1) / extent;
     params.tiles[a] = FastDivisor(tiles);
     params.groups[a] = FastDivisor(axis.dilation);
     num_items *= int64_t(tiles) * axis.dilation;
   }
+  if (num_items == 0) return Status();
   if (num_items >= int64_t(1) << 31) return Status::error("the Hopper kernels count query tiles in 31 bits");
   params.num_items = int32_t(num_items);
   params.halo = problem.sharded ? buffers.halo : nullptr;
   params.rank = problem.rank;
-  params.split_axis = plan.split_axis;
   params.heads = FastDivisor(problem.heads);
   params.heads_per_kv = FastDivisor(problem.heads / problem.kv_heads);
-  params.q_box_1 = FastDivisor(plan.q_box[1]);
-  params.q_box_2 = FastDivisor(plan.q_box[2]);
   params.scale = problem.scale;
   params.out = buffers.out;
   params.lse = buffers.lse;
 
-  if (!make_token_layout(&params.q_layout, problem, q_len, plan.q_box, problem.heads, problem.dim) ||
+  if (!make_token_layout(&params.q_layout, problem, q_len, q_box, problem.heads, problem.dim) ||
       !make_token_layout(&params.kv_layout, problem, kv_len, plan.kv_box, problem.kv_heads, problem.dim)) {
     return Status::error("the Hopper kernels cannot address this dilation");
   }
@@ -77,7 +81,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     return make_token_map(result, layout, base, type, 2, problem.batch, lengths, heads, problem.dim, box, row_elements,
                           swizzle);
   };
-  const char* failure = map(&params.q_map, params.q_layout, buffers.query, q_len, problem.heads, plan.q_box);
+  const char* failure = map(&params.q_map, params.q_layout, buffers.query, q_len, problem.heads, q_box);
   if (failure == nullptr) failure = map(&params.k_map, params.kv_layout, buffers.key, kv_len, problem.kv_heads, plan.kv_box);
   if (failure == nullptr) failure = map(&params.v_map, params.kv_layout, buffers.value, kv_len, problem.kv_heads, plan.kv_box);
   if (failure == nullptr) failure = launch(plan.kernel, options.dtype, params, options.num_sms, stream);

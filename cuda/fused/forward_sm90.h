@@ -7,6 +7,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "../arch/sm90/barrier.h"
@@ -15,43 +16,46 @@
 #include "../common/call.h"
 #include "geometry.h"
 #include "mask_sm90.h"
+#include "plan_sm90.h"
 #include "token_map_sm90.h"
 
 namespace jax_na::hopper {
 
 // ---- parameters ----
 struct ForwardParams {
-  CUtensorMap q_map, k_map, v_map;  // q_map: boxes of one warpgroup's queries; k_map, v_map: boxes of one key tile
+  CUtensorMap q_map, k_map, v_map;  // q_map: boxes of one warpgroup's queries, or of a tile's (kWarps); k_map, v_map: boxes of one key tile
   TokenLayout q_layout, kv_layout;
   Axis axis[kMaxRank];
   Shard shard[kMaxRank];   // if halo is null
   const Shard* halo;       // device memory, [rank], or null
   int32_t rank;
-  int32_t q_box[kMaxRank];
+  int32_t unit[kMaxRank];  // queries of one consumer
+  int32_t grid[kMaxRank];  // consumers of a query tile
   int32_t kv_box[kMaxRank];
   int32_t kv_map_step[kMaxRank];  // map coordinates from one key tile to the next
-  int32_t split_axis;             // of the consumers of a shared tile
+  int32_t warp_keys[kMaxRank];    // kWarps kernels: keys of a key tile that a warp multiplies with
   FastDivisor tiles[kMaxRank];    // query tiles per dilation group
   FastDivisor groups[kMaxRank];   // dilation
   FastDivisor heads;
   FastDivisor heads_per_kv;
-  FastDivisor q_box_1, q_box_2;
   int32_t num_items;  // batch x heads x groups x tiles
   float scale;
   void* out;   // [batch, axes, heads, dim]
   float* lse;  // [batch, axes, heads]
 };
 
-template <typename T_, int kDim_, int kN_, int kConsumers_, bool kShared_, int kStages_, int kQStages_>
+template <typename T_, int kDim_, int kN_, int kConsumers_, Sharing kSharing_, int kStages_, int kQStages_>
 struct ForwardConfig {
   using T = T_;
   static constexpr int kDim = kDim_;
   static constexpr int kN = kN_;                  // key columns of a tile
+  static constexpr int kSteps = (kN + 15) / 16;   // of 16 keys in P V; values have that many rows, probabilities past kN are 0
   static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
-  static constexpr bool kShared = kShared_;       // one ring of key tiles for all consumers, or one each
+  static constexpr Sharing kSharing = kSharing_;
+  static constexpr bool kShared = kSharing == Sharing::kShared;  // one ring of key tiles for all consumers, or one each
   static constexpr int kStages = kStages_;        // key tiles in flight per ring
   static constexpr int kQStages = kQStages_;
-  static constexpr int kM = 64;
+  static constexpr int kM = 64;                   // queries of a consumer
   static constexpr int kRings = kShared ? 1 : kConsumers;
   static constexpr int kRingConsumers = kShared ? kConsumers : 1;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -83,18 +87,80 @@ struct TileInfo {
 // What the producer says about a query tile.
 struct ItemInfo {
   GroupAxis group[kMaxRank];
-  int32_t first[kMaxRank];  // first query, local ordinal in the group
+  int32_t first[kMaxRank];  // query of the tile, local ordinal in the group
   int32_t batch;
   int32_t head;
-  int32_t num_tiles;  // < 0: no more items
+  int32_t num_tiles;  // of keys; < 0: no more items
 };
 
-// What a consumer's row needs until its item is done.
+// One query of a tile.
 struct RowInfo {
-  Interval keys[kMaxRank];
-  int32_t token;  // in [batch, axes], or -1: no such query
+  Interval keys[kMaxRank];  // its window
+  int32_t token;            // in [batch, axes], or -1: no such query
   int32_t unused;
 };
+
+// What producer and consumers tell each other. kRows: queries of a ring's tile; kRowSlots: tiles whose rows are kept.
+template <int kRings, int kConsumers, int kRows, int kRowSlots, int kStages, int kQStages>
+struct ProducerStorage {
+  alignas(16) RowInfo row[kRings][kRowSlots][kRows];
+  alignas(16) TileInfo tile[kRings][kStages];
+  alignas(16) WindowRange range[kRings][kMaxRank][kConsumers];
+  uint32_t row_offset[kRows];  // of a row from `first`, eight bits an axis; bit 24: not a row of the box
+  ItemInfo item[kRings][kQStages];
+  alignas(8) uint64_t q_full[kRings][kQStages], q_empty[kRings][kQStages];
+  uint64_t k_full[kRings][kStages], k_empty[kRings][kStages];
+  uint64_t v_full[kRings][kStages], v_empty[kRings][kStages];
+
+  // By one thread. arrivals: consumer warps of a ring.
+  __device__ __forceinline__ void init_barriers(int arrivals) {
+    for (int r = 0; r < kRings; ++r) {
+      for (int i = 0; i < kQStages; ++i) {
+        sm90::mbarrier_init(&q_full[r][i], 1);
+        sm90::mbarrier_init(&q_empty[r][i], arrivals);
+      }
+      for (int i = 0; i < kStages; ++i) {
+        sm90::mbarrier_init(&k_full[r][i], 1);
+        sm90::mbarrier_init(&k_empty[r][i], arrivals);
+        sm90::mbarrier_init(&v_full[r][i], 1);
+        sm90::mbarrier_init(&v_empty[r][i], arrivals);
+      }
+    }
+    sm90::fence_barrier_init();
+  }
+
+  // By all threads. unit: queries of a consumer, at most rows_per_consumer; grid: of consumers.
+  __device__ __forceinline__ void build_row_offsets(const int32_t (&unit)[kMaxRank], const int32_t (&grid)[kMaxRank],
+                                                    int rows_per_consumer, int thread, int num_threads) {
+    for (int row = thread; row < kRows; row += num_threads) {
+      const int w = row / rows_per_consumer, n = row % rows_per_consumer;
+      const int at[kMaxRank] = {n / (unit[2] * unit[1]), n / unit[2] % unit[1], n % unit[2]};
+      const int of[kMaxRank] = {w / (grid[2] * grid[1]), w / grid[2] % grid[1], w % grid[2]};
+      uint32_t packed = at[0] >= unit[0] || of[0] >= grid[0] ? 1u << 24 : 0;
+      for (int a = 0; a < kMaxRank; ++a) packed |= uint32_t(packed == 1u << 24 ? 0 : of[a] * unit[a] + at[a]) << (8 * a);
+      row_offset[row] = packed;
+    }
+  }
+};
+
+// Row `row` of the query tile: its window and its token.
+__device__ __forceinline__ RowInfo describe_row(const ForwardParams& params, const ItemInfo& item, uint32_t row_offset) {
+  RowInfo row;
+  bool exists = row_offset >> 24 == 0;
+  int32_t token = item.batch;
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    const GroupAxis group = item.group[a];
+    int32_t ordinal = item.first[a] + ((row_offset >> (8 * a)) & 255);
+    exists = exists && ordinal < group.q_count;
+    ordinal = min(ordinal, group.q_count - 1);
+    row.keys[a] = keys_of_query(params.axis[a], group.length, group.q_base + ordinal);
+    token = token * params.axis[a].q_len + group.q_first + ordinal * params.axis[a].dilation;
+  }
+  row.token = exists ? token : -1;
+  row.unused = 0;
+  return row;
+}
 
 template <typename Config>
 struct ForwardStorage {
@@ -102,15 +168,10 @@ struct ForwardStorage {
   static constexpr int kRings = Config::kRings;
   alignas(1024) T q[Config::kConsumers][Config::kQStages][Config::kM * Config::kDim];
   alignas(1024) T k[kRings][Config::kStages][Config::kN * Config::kDim];
-  alignas(1024) T v[kRings][Config::kStages][Config::kN * Config::kDim];
-  alignas(16) RowInfo row[Config::kConsumers][Config::kM];
-  alignas(16) TileInfo tile[kRings][Config::kStages];
-  alignas(16) WindowRange range[kRings][kMaxRank][Config::kRingConsumers];  // the producer's own
-  ItemInfo item[kRings][Config::kQStages];
+  alignas(1024) T v[kRings][Config::kStages][16 * Config::kSteps * Config::kDim];
+  alignas(16) ProducerStorage<kRings, Config::kRingConsumers, Config::kRingConsumers * Config::kM, 1, Config::kStages,
+                              Config::kQStages> record;
   alignas(16) ColumnMask<Config::kN> mask;
-  alignas(8) uint64_t q_full[kRings][Config::kQStages], q_empty[kRings][Config::kQStages];
-  uint64_t k_full[kRings][Config::kStages], k_empty[kRings][Config::kStages];
-  uint64_t v_full[kRings][Config::kStages], v_empty[kRings][Config::kStages];
 };
 
 // ---- producer ----
@@ -121,20 +182,31 @@ __device__ __forceinline__ WindowRange window_range(const Axis& axis, const Grou
   return {{low.begin, high.end}, {high.begin, low.end}};
 }
 
-template <typename Config>
-__device__ __forceinline__ void produce(const ForwardParams& params, ForwardStorage<Config>& smem, int ring) {
+// One warp per ring. Its lanes share the work on a query tile, an axis of a consumer each; lane 0 moves the data.
+template <typename Config, typename Storage>
+__device__ __forceinline__ void produce(const ForwardParams& params, Storage& smem, int ring) {
   using namespace sm90;
   constexpr int kRingConsumers = Config::kRingConsumers;
   constexpr int kRowElements = Config::kRowElements;
-  const uint32_t q_bytes = params.q_box[0] * params.q_box[1] * params.q_box[2] * Config::kDim * 2;
+  constexpr bool kOneBox = Config::kSharing == Sharing::kWarps;  // one load for the queries of all consumers
+  constexpr int kRows = Config::kM * Config::kRingConsumers;
+  auto& record = smem.record;
+  const int lane = threadIdx.x % 32;
+  const uint32_t num_queries = params.unit[0] * params.unit[1] * params.unit[2] *
+                               (params.grid[0] * params.grid[1] * params.grid[2]);
+  const uint32_t q_bytes = num_queries * Config::kDim * 2;
   const uint32_t kv_volume = params.kv_box[0] * params.kv_box[1] * params.kv_box[2];
   const uint32_t kv_bytes = kv_volume * Config::kDim * 2;
-  Shard shard[kMaxRank];
-#pragma unroll
-  for (int a = 0; a < kMaxRank; ++a) {
-    const int row = a - (kMaxRank - params.rank);
-    shard[a] = params.halo != nullptr && row >= 0 ? params.halo[row] : params.shard[a];
-  }
+  const uint32_t possible = kv_volume == Config::kN ? 0xFFFFFFFFu : 0x55555555u;  // columns past the box need a mask
+
+  // This lane's axis, and its consumer (-1: the whole tile).
+  const int axis = lane % 4 < kMaxRank ? lane % 4 : 0;
+  const int consumer = lane / 4 - 1;
+  const Axis own_axis = params.axis[axis];
+  const int halo_row = axis - (kMaxRank - params.rank);
+  const Shard own_shard = params.halo != nullptr && halo_row >= 0 ? params.halo[halo_row] : params.shard[axis];
+  const int32_t own_unit = params.unit[axis], own_extent = params.unit[axis] * params.grid[axis];
+  const int32_t own_shift = consumer < 0 || params.grid[axis] == 1 ? 0 : consumer * own_unit;  // wgmma: one axis is split
 
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kStages> kv_at;
@@ -142,67 +214,73 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardStor
   for (int index = blockIdx.x * Config::kRings + ring; index < params.num_items; index += step) {
     // Which queries: spatial tiles vary fastest, then dilation groups, heads, batch, so that CTAs share keys in L2.
     uint32_t n = index;
-    int32_t tile[kMaxRank], first[kMaxRank];
+    int32_t tile = 0, residue = 0;
 #pragma unroll
-    for (int a = kMaxRank - 1; a >= 0; --a) tile[a] = params.tiles[a].split(n);
-    GroupAxis group[kMaxRank];
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      const int32_t t = params.tiles[a].split(n);
+      tile = a == axis ? t : tile;
+    }
 #pragma unroll
-    for (int a = kMaxRank - 1; a >= 0; --a) group[a] = group_axis(params.axis[a], shard[a], params.groups[a].split(n));
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      const int32_t r = params.groups[a].split(n);
+      residue = a == axis ? r : residue;
+    }
     const int32_t head = params.heads.split(n);
     const int32_t batch = n;
-    bool empty = false;
-    int32_t extent[kMaxRank];
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      extent[a] = a == params.split_axis ? params.q_box[a] * kRingConsumers : params.q_box[a];
-      first[a] = tile[a] * extent[a];
-      empty = empty || first[a] >= group[a].q_count;
-    }
-    if (empty) continue;
+    const GroupAxis own_group = group_axis(own_axis, own_shard, residue, params.groups[axis]);
+    const int32_t own_tile_first = tile * own_extent;
+    if (__any_sync(~0u, own_tile_first >= own_group.q_count)) continue;  // groups differ in length
 
-    // Which keys, for the tile and for each consumer.
-    Interval any[kMaxRank];
-    int32_t num_tiles[kMaxRank];
+    // Which keys: of the tile, and of each consumer.
+    const int32_t own_first = own_tile_first + own_shift;
+    WindowRange own_range = {{0, 0}, {0, 0}};  // no queries: every tile is outside
+    if (own_first < own_group.q_count) {
+      own_range = window_range(own_axis, own_group, own_first, consumer < 0 ? own_extent : own_unit);
+    }
+    const int32_t own_key = own_group.kv_first + (own_range.any.begin - own_group.kv_base) * own_axis.dilation;
+    mbarrier_wait(&record.q_empty[ring][q_at.slot], q_at.parity ^ 1);
+    ItemInfo& item = record.item[ring][q_at.slot];
+    if (lane < kMaxRank) {
+      item.group[lane] = own_group;
+      item.first[lane] = own_first;
+      item.batch = batch;
+      item.head = head;
+    } else if (lane % 4 < kMaxRank && consumer >= 0 && consumer < kRingConsumers) {
+      record.range[ring][axis][consumer] = own_range;
+    }
+    if constexpr (kOneBox) {  // the warps of small windows have no time for their rows; warpgroups do that under a product
+      __syncwarp();
+      for (int row = lane; row < kRows; row += 32) {
+        record.row[ring][q_at.slot][row] = describe_row(params, item, record.row_offset[row]);
+      }
+    }
+    int32_t num_tiles[kMaxRank], begin[kMaxRank], key[kMaxRank];
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
-      const WindowRange range = window_range(params.axis[a], group[a], first[a], extent[a]);
-      any[a] = range.any;
-      num_tiles[a] = (any[a].end - any[a].begin + params.kv_box[a] - 1) / params.kv_box[a];
-#pragma unroll
-      for (int w = 0; w < kRingConsumers; ++w) {
-        WindowRange own = range;
-        if (kRingConsumers > 1 && a == params.split_axis) {
-          const int32_t w_first = first[a] + w * params.q_box[a];
-          own = {{0, 0}, {0, 0}};  // no queries: every tile is outside
-          if (w_first < group[a].q_count) own = window_range(params.axis[a], group[a], w_first, params.q_box[a]);
-        }
-        smem.range[ring][a][w] = own;
-      }
+      begin[a] = __shfl_sync(~0u, own_range.any.begin, a);
+      key[a] = __shfl_sync(~0u, own_key, a);
+      num_tiles[a] = (__shfl_sync(~0u, own_range.any.end, a) - begin[a] + params.kv_box[a] - 1) / params.kv_box[a];
+    }
+    __syncwarp();
+    if (lane != 0) {
+      q_at.advance();
+      continue;
     }
 
     // Queries.
-    mbarrier_wait(&smem.q_empty[ring][q_at.slot], q_at.parity ^ 1);
-    ItemInfo& info = smem.item[ring][q_at.slot];
+    item.num_tiles = num_tiles[0] * num_tiles[1] * num_tiles[2];
+    uint64_t* const q_full = &record.q_full[ring][q_at.slot];
+    mbarrier_arrive_expect_tx(q_full, q_bytes);
 #pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      info.group[a] = group[a];
-      info.first[a] = first[a];
-    }
-    info.batch = batch;
-    info.head = head;
-    info.num_tiles = num_tiles[0] * num_tiles[1] * num_tiles[2];
-    uint64_t* const q_full = &smem.q_full[ring][q_at.slot];
-    mbarrier_arrive_expect_tx(q_full, q_bytes * kRingConsumers);
-#pragma unroll
-    for (int w = 0; w < kRingConsumers; ++w) {
+    for (int w = 0; w < (kOneBox ? 1 : kRingConsumers); ++w) {
       int32_t x[kMaxRank];
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
-        const int32_t ordinal = first[a] + (a == params.split_axis ? w * params.q_box[a] : 0);
-        x[a] = group[a].q_first + ordinal * params.axis[a].dilation;
+        const int32_t ordinal = item.first[a] + (params.grid[a] == 1 ? 0 : w * params.unit[a]);
+        x[a] = item.group[a].q_first + ordinal * params.axis[a].dilation;
       }
       const MapCoords m = map_coords(params.q_layout, head * Config::kDim, x, batch);
-      const uint32_t q_smem = smem_address(smem.q[Config::kShared ? w : ring][q_at.slot]);
+      const uint32_t q_smem = smem_address(smem.q[Config::kSharing == Sharing::kPrivate ? ring : w][q_at.slot]);
 #pragma unroll
       for (int b = 0; b < Config::kBlocks; ++b) {
         tma_load_5d(q_smem + b * Config::kM * Config::kRowBytes, &params.q_map, q_full, m.c[0] + b * kRowElements, m.c[1],
@@ -212,50 +290,43 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardStor
     q_at.advance();
 
     // Keys and values.
-    uint32_t kv_head = head;
-    kv_head = params.heads_per_kv.divide(kv_head);
-    int32_t x[kMaxRank];
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      x[a] = group[a].kv_first + (any[a].begin - group[a].kv_base) * params.axis[a].dilation;
-    }
-    const MapCoords m = map_coords(params.kv_layout, kv_head * Config::kDim, x, batch);
+    const int32_t kv_head = params.heads_per_kv.divide(head);
+    const MapCoords m = map_coords(params.kv_layout, kv_head * Config::kDim, key, batch);
     const auto classes_on = [&](int a, int32_t begin) {  // of one axis; over the axes they AND
       const int32_t end = begin + params.kv_box[a];
       uint32_t classes = 0;
 #pragma unroll
       for (int w = 0; w < kRingConsumers; ++w) {
-        const WindowRange range = smem.range[ring][a][w];
+        const WindowRange range = record.range[ring][a][w];
         if (begin < range.any.end && end > range.any.begin) classes |= kInside << (2 * w);
         if (begin >= range.all.begin && end <= range.all.end) classes |= kFull << (2 * w);
       }
       return classes;
     };
-    const uint32_t possible = kv_volume == Config::kN ? 0xFFFFFFFFu : 0x55555555u;  // columns past the box need a mask
-    int32_t begin_0 = any[0].begin, c3 = m.c[3];
+    int32_t begin_0 = begin[0], c3 = m.c[3];
     for (int t0 = 0; t0 < num_tiles[0]; ++t0) {
       const uint32_t classes_0 = classes_on(0, begin_0) & possible;
-      int32_t begin_1 = any[1].begin, c2 = m.c[2];
+      int32_t begin_1 = begin[1], c2 = m.c[2];
       for (int t1 = 0; t1 < num_tiles[1]; ++t1) {
         const uint32_t classes_1 = classes_on(1, begin_1) & classes_0;
-        int32_t begin_2 = any[2].begin, c1 = m.c[1];
+        int32_t begin_2 = begin[2], c1 = m.c[1];
         for (int t2 = 0; t2 < num_tiles[2]; ++t2) {
           const uint32_t classes = classes_on(2, begin_2) & classes_1;
-          mbarrier_wait(&smem.k_empty[ring][kv_at.slot], kv_at.parity ^ 1);
-          smem.tile[ring][kv_at.slot] = {{begin_0, begin_1, begin_2}, classes};
-          mbarrier_arrive_expect_tx(&smem.k_full[ring][kv_at.slot], kv_bytes);
+          mbarrier_wait(&record.k_empty[ring][kv_at.slot], kv_at.parity ^ 1);
+          record.tile[ring][kv_at.slot] = {{begin_0, begin_1, begin_2}, classes};
+          mbarrier_arrive_expect_tx(&record.k_full[ring][kv_at.slot], kv_bytes);
           const uint32_t k_smem = smem_address(smem.k[ring][kv_at.slot]);
 #pragma unroll
           for (int b = 0; b < Config::kBlocks; ++b) {
-            tma_load_5d(k_smem + b * Config::kN * Config::kRowBytes, &params.k_map, &smem.k_full[ring][kv_at.slot],
+            tma_load_5d(k_smem + b * Config::kN * Config::kRowBytes, &params.k_map, &record.k_full[ring][kv_at.slot],
                         m.c[0] + b * kRowElements, c1, c2, c3, m.c[4]);
           }
-          mbarrier_wait(&smem.v_empty[ring][kv_at.slot], kv_at.parity ^ 1);
-          mbarrier_arrive_expect_tx(&smem.v_full[ring][kv_at.slot], kv_bytes);
+          mbarrier_wait(&record.v_empty[ring][kv_at.slot], kv_at.parity ^ 1);
+          mbarrier_arrive_expect_tx(&record.v_full[ring][kv_at.slot], kv_bytes);
           const uint32_t v_smem = smem_address(smem.v[ring][kv_at.slot]);
 #pragma unroll
           for (int b = 0; b < Config::kBlocks; ++b) {
-            tma_load_5d(v_smem + b * Config::kN * Config::kRowBytes, &params.v_map, &smem.v_full[ring][kv_at.slot],
+            tma_load_5d(v_smem + b * 16 * Config::kSteps * Config::kRowBytes, &params.v_map, &record.v_full[ring][kv_at.slot],
                         m.c[0] + b * kRowElements, c1, c2, c3, m.c[4]);
           }
           kv_at.advance();
@@ -269,9 +340,11 @@ __device__ __forceinline__ void produce(const ForwardParams& params, ForwardStor
       c3 += params.kv_map_step[0];
     }
   }
-  mbarrier_wait(&smem.q_empty[ring][q_at.slot], q_at.parity ^ 1);
-  smem.item[ring][q_at.slot].num_tiles = -1;
-  mbarrier_arrive(&smem.q_full[ring][q_at.slot]);
+  mbarrier_wait(&record.q_empty[ring][q_at.slot], q_at.parity ^ 1);
+  if (lane == 0) {
+    record.item[ring][q_at.slot].num_tiles = -1;
+    mbarrier_arrive(&record.q_full[ring][q_at.slot]);
+  }
 }
 
 // ---- consumers ----
@@ -309,13 +382,13 @@ __device__ __forceinline__ void multiply_qk(float (&s)[Config::kN / 2], uint64_t
 
 // O (64 x kDim) += P (64 x kN) V, committed, not waited for.
 template <typename Config>
-__device__ __forceinline__ void multiply_pv(float (&o)[Config::kDim / 2], uint32_t (&p)[Config::kN / 16][4], uint64_t v) {
+__device__ __forceinline__ void multiply_pv(float (&o)[Config::kDim / 2], uint32_t (&p)[Config::kSteps][4], uint64_t v) {
   sm90::pin_registers(o);
 #pragma unroll
-  for (int i = 0; i < Config::kN / 16; ++i) sm90::pin_registers(p[i]);
+  for (int i = 0; i < Config::kSteps; ++i) sm90::pin_registers(p[i]);
   sm90::wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < Config::kN / 16; ++i) {
+  for (int i = 0; i < Config::kSteps; ++i) {
     sm90::Wgmma<typename Config::T, Config::kDim>::template rs<true>(
         o, p[i], sm90::descriptor_advance(v, i * 16 * Config::kRowBytes), true);
   }
@@ -364,52 +437,22 @@ __device__ __forceinline__ void update_softmax(SoftmaxState& state, float (&s)[k
 }
 
 template <typename T, int kN>
-__device__ __forceinline__ void pack_probabilities(uint32_t (&p)[kN / 16][4], const float (&s)[kN / 2]) {
+__device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16][4], const float (&s)[kN / 2]) {
 #pragma unroll
-  for (int i = 0; i < kN / 4; ++i) p[i / 4][i % 4] = sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]);
+  for (int i = 0; i < (kN + 15) / 16 * 4; ++i) p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
 }
 
-// Rows of this warp: windows and output tokens, by its first sixteen lanes.
-template <typename Config>
-__device__ __forceinline__ void prepare_rows(const ForwardParams& params, const ItemInfo& item, RowInfo* rows, int w, int warp,
-                                             int lane) {
-  __syncwarp();  // the previous item's reads
-  if (lane < 16) {
-    uint32_t n = warp * 16 + lane;
-    int32_t c[kMaxRank];
-    c[2] = params.q_box_2.split(n);
-    c[1] = params.q_box_1.split(n);
-    c[0] = n;
-    bool exists = c[0] < params.q_box[0];
-    RowInfo row;
-    int64_t token = item.batch;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const GroupAxis& group = item.group[a];
-      int32_t ordinal = item.first[a] + c[a] + (a == params.split_axis ? w * params.q_box[a] : 0);
-      exists = exists && ordinal < group.q_count;
-      ordinal = min(ordinal, group.q_count - 1);
-      row.keys[a] = keys_of_query(params.axis[a], group.length, group.q_base + ordinal);
-      token = token * params.axis[a].q_len + group.q_first + ordinal * params.axis[a].dilation;
-    }
-    row.token = exists ? int32_t(token) : -1;
-    row.unused = 0;
-    rows[warp * 16 + lane] = row;
-  }
-  __syncwarp();
-}
-
-// O / row_sum to global memory, 16 bytes a thread: quads transpose 4x4 registers, so that four lanes hold 64 contiguous bytes.
+// tokens: of the thread's two rows, -1 where there is none. O / row_sum to global memory, 16 bytes a thread: quads transpose 4x4 registers, so that four lanes hold 64 contiguous bytes.
 template <typename Config>
 __device__ __forceinline__ void store_output(const ForwardParams& params, const SoftmaxState& state, const float (&o)[Config::kDim / 2],
-                                             const RowInfo* rows, int32_t head, int warp, int lane) {
+                                             const int32_t (&tokens)[2], int32_t head, int lane) {
   using T = typename Config::T;
   const int q = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = quad_sum(state.row_sum[half]);
     const float inverse = 1.0f / sum;
-    const int32_t token = rows[warp * 16 + lane / 4 + 8 * half].token;
+    const int32_t token = tokens[half];
     const int64_t row = int64_t(token) * params.heads.divisor + head;
     T* const out = static_cast<T*>(params.out) + row * Config::kDim;
 #pragma unroll
@@ -452,9 +495,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const float scale_log2 = params.scale * 1.4426950408889634f;
   const int32_t kv_box[kMaxRank] = {params.kv_box[0], params.kv_box[1], params.kv_box[2]};
-  RowInfo* const rows = smem.row[wg];
-  const RowInfo& row_low = rows[warp * 16 + lane / 4];
-  const RowInfo& row_high = rows[warp * 16 + lane / 4 + 8];
+  auto& record = smem.record;
+  RowInfo* const warp_rows = &record.row[ring][0][64 * member + 16 * warp];
+  const RowInfo* const rows = warp_rows + lane / 4;  // of this thread: 0 and 8
 
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kStages> k_at, v_at;
@@ -464,29 +507,28 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
 
   if (Config::kTakeTurns && wg == Config::kConsumers - 1) named_barrier_arrive(1, 256);  // the first turn is consumer 0's
   for (;;) {
-    mbarrier_wait(&smem.q_full[ring][q_at.slot], q_at.parity);
-    const ItemInfo& item = smem.item[ring][q_at.slot];
+    mbarrier_wait(&record.q_full[ring][q_at.slot], q_at.parity);
+    const ItemInfo& item = record.item[ring][q_at.slot];
     const int num_tiles = item.num_tiles;
     if (num_tiles < 0) break;
     const int32_t head = item.head;
-    prepare_rows<Config>(params, item, rows, member, warp, lane);
     const uint64_t q = descriptor_k_major<Config::kRowBytes>(smem_address(smem.q[wg][q_at.slot]));
 
     int k_tile = 0, v_tile = 0;  // of the item: the next ones to take from the rings
     const auto release_k = [&]() {
-      arrive(&smem.k_empty[ring][k_at.slot]);
+      arrive(&record.k_empty[ring][k_at.slot]);
       k_at.advance();
       ++k_tile;
     };
     const auto release_v = [&]() {
-      arrive(&smem.v_empty[ring][v_at.slot]);
+      arrive(&record.v_empty[ring][v_at.slot]);
       v_at.advance();
       ++v_tile;
     };
     // Gives back the values of tiles that were passed over.
     const auto drain_v = [&](int end) {
       while (v_tile < end) {
-        mbarrier_wait(&smem.v_full[ring][v_at.slot], v_at.parity);
+        mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
         release_v();
       }
     };
@@ -501,28 +543,56 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     const auto find_tile = [&](int end, bool values_too) {
       while (k_tile < end) {
         if (values_too) drain_v(k_tile);
-        mbarrier_wait(&smem.k_full[ring][k_at.slot], k_at.parity);
-        if ((smem.tile[ring][k_at.slot].classes >> (2 * member)) & kInside) return true;
+        mbarrier_wait(&record.k_full[ring][k_at.slot], k_at.parity);
+        if ((record.tile[ring][k_at.slot].classes >> (2 * member)) & kInside) return true;
         release_k();
         await_turn();
         pass_turn();
       }
       return false;
     };
-    uint32_t mask[2][kWords];
-    // Masks of the tile at k_at; false if every row sees every key.
+    // Windows and tokens of the warp's rows, by its first lanes.
+    const auto describe_rows = [&]() {
+      __syncwarp();  // the previous item's reads
+      if (lane < 16) warp_rows[lane] = describe_row(params, item, record.row_offset[64 * member + 16 * warp + lane]);
+      __syncwarp();
+    };
+    // Masks of the thread's rows for the tile at k_at; false if all rows of the warp see every key. The part of the outer axes is
+    // kept, since tiles vary fastest along the innermost.
+    uint32_t mask[2][kWords], outer_mask[2][kWords];
+    int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
     const auto read_mask = [&]() {
-      const TileInfo tile = smem.tile[ring][k_at.slot];
+      const TileInfo tile = record.tile[ring][k_at.slot];
       if ((tile.classes >> (2 * member)) & kFull) return false;
-      smem.mask.row(mask[0], row_low.keys, tile.begin, kv_box, lane % 4);
-      smem.mask.row(mask[1], row_high.keys, tile.begin, kv_box, lane % 4);
-      return true;
+      const int quad = lane % 4;
+      if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) outer_mask[half][w] = ~0u;
+          smem.mask.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
+          smem.mask.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
+        }
+        outer_begin[0] = tile.begin[0];
+        outer_begin[1] = tile.begin[1];
+      }
+      bool all = true;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) mask[half][w] = outer_mask[half][w];
+        smem.mask.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
+      }
+      return __any_sync(~0u, !all) != 0;
     };
     const auto k_descriptor = [&]() {
       return descriptor_k_major<Config::kRowBytes>(smem_address(smem.k[ring][k_at.slot]));
     };
     const auto v_descriptor = [&]() {
-      return descriptor_mn_major<Config::kRowBytes>(smem_address(smem.v[ring][v_at.slot]), kN * Config::kRowBytes);
+      return descriptor_mn_major<Config::kRowBytes>(smem_address(smem.v[ring][v_at.slot]),
+                                                     16 * Config::kSteps * Config::kRowBytes);
     };
 
     SoftmaxState state;
@@ -531,8 +601,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
     bool any = false, q_released = false;
     while (find_tile(num_tiles, true)) {
-      any = true;
-      uint32_t p[kN / 16][4];
+      uint32_t p[Config::kSteps][4];
       int p_tile = k_tile;  // whose probabilities p holds
       {
         float s[kN / 2];
@@ -540,6 +609,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
         await_turn();
         multiply_qk<Config>(s, q, k_descriptor());
         pass_turn();
+        if (!any) describe_rows();
+        any = true;
         const bool masked = read_mask();
         wgmma_wait<0>();
         pin_registers(s);
@@ -555,10 +626,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
         float s[kN / 2];
         float factor[2];
         const int s_tile = k_tile;
-        drain_v(p_tile);
         await_turn();
         multiply_qk<Config>(s, q, k_descriptor());
-        mbarrier_wait(&smem.v_full[ring][v_at.slot], v_at.parity);
+        mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
         multiply_pv<Config>(o, p, v_descriptor());
         pass_turn();
         const bool masked = read_mask();
@@ -577,20 +647,19 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
         p_tile = s_tile;
       }
       if (k_tile == num_tiles) {  // the last product with Q is done: the next queries may come
-        arrive(&smem.q_empty[ring][q_at.slot]);
+        arrive(&record.q_empty[ring][q_at.slot]);
         q_released = true;
       }
-      drain_v(p_tile);
-      mbarrier_wait(&smem.v_full[ring][v_at.slot], v_at.parity);
+      mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
       multiply_pv<Config>(o, p, v_descriptor());
       wgmma_wait<0>();
       pin_registers(o);
       release_v();
     }
-    if (!q_released) arrive(&smem.q_empty[ring][q_at.slot]);
+    if (!q_released) arrive(&record.q_empty[ring][q_at.slot]);
     q_at.advance();
     drain_v(num_tiles);
-    if (any) store_output<Config>(params, state, o, rows, head, warp, lane);
+    if (any) store_output<Config>(params, state, o, {rows[0].token, rows[8].token}, head, lane);
   }
 }
 
@@ -604,24 +673,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 4;
 
-  if (threadIdx.x == 0) {
-    constexpr int kArrivals = 4 * Config::kRingConsumers;  // one lane of every consumer warp
-    for (int r = 0; r < Config::kRings; ++r) {
-      for (int i = 0; i < Config::kQStages; ++i) {
-        mbarrier_init(&smem.q_full[r][i], 1);
-        mbarrier_init(&smem.q_empty[r][i], kArrivals);
-      }
-      for (int i = 0; i < Config::kStages; ++i) {
-        mbarrier_init(&smem.k_full[r][i], 1);
-        mbarrier_init(&smem.k_empty[r][i], kArrivals);
-        mbarrier_init(&smem.v_full[r][i], 1);
-        mbarrier_init(&smem.v_empty[r][i], kArrivals);
-      }
-    }
-    fence_barrier_init();
-  }
+  if (threadIdx.x == 0) smem.record.init_barriers(4 * Config::kRingConsumers);  // one lane of every consumer warp
+  smem.record.build_row_offsets(params.unit, params.grid, Config::kM, threadIdx.x, Config::kThreads);
   smem.mask.build(params.kv_box, threadIdx.x, Config::kThreads);
-  if (params.kv_box[0] * params.kv_box[1] * params.kv_box[2] < Config::kN) {
+  if (params.kv_box[0] * params.kv_box[1] * params.kv_box[2] < 16 * Config::kSteps) {
     // Rows that no load will write: zeros, because 0 * NaN would reach the output.
     uint4* const v = reinterpret_cast<uint4*>(&smem.v);
     for (int i = threadIdx.x; i < int(sizeof(smem.v) / sizeof(uint4)); i += Config::kThreads) v[i] = make_uint4(0, 0, 0, 0);
@@ -631,11 +686,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
 
   if (warpgroup == Config::kConsumers) {
     decrease_registers<Config::kProducerRegisters>();
-    if (warp < Config::kRings && threadIdx.x % 32 == 0) produce<Config>(params, smem, warp);
+    if (warp < Config::kRings) produce<Config>(params, smem, warp);
   } else {
     increase_registers<Config::kConsumerRegisters>();
     consume<Config>(params, smem, warpgroup);
   }
+}
+
+// Allows a kernel kBytes of dynamic shared memory on the current device, once per device. Null on success, else what failed.
+template <const auto& kKernel, int kBytes>
+const char* allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // a bit per device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t(1) << (device & 63);
+  if (error == cudaSuccess && (allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // Null on success, else what failed.
@@ -643,12 +712,10 @@ template <typename Config>
 const char* launch_forward(const ForwardParams& params, int32_t num_sms, cudaStream_t stream) {
   constexpr int kBytes = sizeof(ForwardStorage<Config>) + 1024;
   static_assert(kBytes <= 232448, "shared memory of a Hopper CTA");
-  // The attribute is per device and cheap to set; set once, it would hold for the first device only.
-  const cudaError_t attribute =
-      cudaFuncSetAttribute(forward_sm90<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (attribute != cudaSuccess) return cudaGetErrorString(attribute);
+  if (const char* failure = allow_shared_memory<forward_sm90<Config>, kBytes>()) return failure;
   const int items = (params.num_items + Config::kRings - 1) / Config::kRings;
-  forward_sm90<Config><<<items < num_sms ? items : num_sms, Config::kThreads, kBytes, stream>>>(params);
+  const int ctas = items < num_sms ? items : num_sms;
+  forward_sm90<Config><<<ctas, Config::kThreads, kBytes, stream>>>(params);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

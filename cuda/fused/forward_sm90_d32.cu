@@ -3,5 +3,6 @@
 namespace jax_na::hopper {
 
 JAX_NA_INSTANTIATE_FORWARD(0)
+JAX_NA_INSTANTIATE_FORWARD(5)
 
 }  // namespace jax_na::hopper

@@ -4,5 +4,6 @@ namespace jax_na::hopper {
 
 JAX_NA_INSTANTIATE_FORWARD(1)
 JAX_NA_INSTANTIATE_FORWARD(2)
+JAX_NA_INSTANTIATE_FORWARD(6)
 
 }  // namespace jax_na::hopper

@@ -2,40 +2,58 @@
 // instantiates them, so that they compile side by side.
 #pragma once
 
+#include "forward_small_sm90.h"
 #include "forward_sm90.h"
 #include "plan_sm90.h"
 
 namespace jax_na::hopper {
 
-//                       element, kernel            dim, columns, consumers, shared, stages, query stages
+//                                                     dim, columns, consumers, sharing, stages, query stages
 template <typename T, int kKernel>
 struct ForwardKernel;
 template <typename T>
-struct ForwardKernel<T, 0> : ForwardConfig<T, 32, 112, 3, false, 4, 2> {};
+struct ForwardKernel<T, 0> : ForwardConfig<T, 32, 112, 3, Sharing::kPrivate, 4, 2> {};
 template <typename T>
-struct ForwardKernel<T, 1> : ForwardConfig<T, 64, 128, 3, true, 4, 1> {};
+struct ForwardKernel<T, 1> : ForwardConfig<T, 64, 128, 3, Sharing::kShared, 4, 2> {};
 template <typename T>
-struct ForwardKernel<T, 2> : ForwardConfig<T, 64, 208, 2, true, 3, 1> {};
+struct ForwardKernel<T, 2> : ForwardConfig<T, 64, 208, 2, Sharing::kShared, 3, 2> {};
 template <typename T>
-struct ForwardKernel<T, 3> : ForwardConfig<T, 128, 128, 2, true, 2, 1> {};
+struct ForwardKernel<T, 3> : ForwardConfig<T, 128, 128, 2, Sharing::kShared, 2, 2> {};
 template <typename T>
-struct ForwardKernel<T, 4> : ForwardConfig<T, 256, 64, 2, true, 2, 1> {};
+struct ForwardKernel<T, 4> : ForwardConfig<T, 256, 64, 2, Sharing::kShared, 2, 1> {};
+// Small windows:                                         dim, columns, warps, stages, CTAs of an SM
+template <typename T>
+struct ForwardKernel<T, 5> : SmallForwardConfig<T, 32, 208, 4, 2, 3> {};
+template <typename T>
+struct ForwardKernel<T, 6> : SmallForwardConfig<T, 64, 208, 12, 3, 1> {};
+
+template <typename Config>
+constexpr bool config_matches(const KernelShape& shape) {
+  return Config::kDim == shape.dim && Config::kN == shape.num_columns && Config::kConsumers == shape.num_consumers &&
+         Config::kSharing == shape.sharing;
+}
+
+template <typename Config>
+const char* launch_config(const ForwardParams& params, int32_t num_sms, cudaStream_t stream) {
+  if constexpr (Config::kSharing == Sharing::kWarps) {
+    return launch_small<Config>(params, num_sms, stream);
+  } else {
+    return launch_forward<Config>(params, num_sms, stream);
+  }
+}
 
 // Null on success, else what failed.
 template <int kKernel>
 const char* launch_forward_kernel(DType dtype, const ForwardParams& params, int32_t num_sms, cudaStream_t stream);
 
 #define JAX_NA_INSTANTIATE_FORWARD(kKernel)                                                                        \
-  static_assert(ForwardKernel<__half, kKernel>::kDim == kForwardKernels[kKernel].dim &&                            \
-                    ForwardKernel<__half, kKernel>::kN == kForwardKernels[kKernel].num_columns &&                  \
-                    ForwardKernel<__half, kKernel>::kConsumers == kForwardKernels[kKernel].num_consumers &&        \
-                    ForwardKernel<__half, kKernel>::kShared == kForwardKernels[kKernel].shared,                    \
+  static_assert(config_matches<ForwardKernel<__half, kKernel>>(kForwardKernels[kKernel]),                          \
                 "kForwardKernels and ForwardKernel disagree");                                                     \
   template <>                                                                                                      \
   const char* launch_forward_kernel<kKernel>(DType dtype, const ForwardParams& params, int32_t num_sms,            \
                                              cudaStream_t stream) {                                                \
-    return dtype == DType::kF16 ? launch_forward<ForwardKernel<__half, kKernel>>(params, num_sms, stream)          \
-                                : launch_forward<ForwardKernel<__nv_bfloat16, kKernel>>(params, num_sms, stream);  \
+    return dtype == DType::kF16 ? launch_config<ForwardKernel<__half, kKernel>>(params, num_sms, stream)           \
+                                : launch_config<ForwardKernel<__nv_bfloat16, kKernel>>(params, num_sms, stream);   \
   }
 
 }  // namespace jax_na::hopper

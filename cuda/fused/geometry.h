@@ -55,23 +55,26 @@ struct GroupAxis {
   int32_t kv_base;   // its group coordinate
 };
 
-JAX_NA_HOST_DEVICE GroupAxis group_axis(const Axis& axis, const Shard& shard, int32_t residue) {
+// by_dilation: FastDivisor(axis.dilation).
+JAX_NA_HOST_DEVICE GroupAxis group_axis(const Axis& axis, const Shard& shard, int32_t residue, FastDivisor by_dilation) {
   if (axis.dilation == 1) {
     return {shard.length, 0, shard.q_offset, axis.q_len, 0, shard.kv_offset};
   }
   const int32_t d = axis.dilation;
-  const int32_t position = shard.q_offset + residue;
-  const int32_t base = position / d;
-  const int32_t group = position - base * d;
-  const int32_t kv_shift = shard.kv_offset % d;
-  const int32_t kv_first = group >= kv_shift ? group - kv_shift : group - kv_shift + d;
+  // A halo may begin before the global axis: counted from a multiple of d further left.
+  const int32_t lift = shard.kv_offset < 0 ? by_dilation.divide(d - 1 - shard.kv_offset) : 0;
+  uint32_t base = shard.q_offset + residue, kv_base = shard.kv_offset + lift * d, length = shard.length;
+  const int32_t group = by_dilation.split(base);
+  const int32_t kv_group = by_dilation.split(kv_base);
+  const int32_t longer_groups = by_dilation.split(length);
+  const bool next = group < kv_group;  // the group's first key token comes after the shard's next multiple of d
   GroupAxis result;
-  result.length = group_length(shard.length, d, group);
+  result.length = length + (group < longer_groups ? 1 : 0);
   result.q_first = residue;
   result.q_base = base;
-  result.q_count = residue < axis.q_len ? (axis.q_len - residue + d - 1) / d : 0;
-  result.kv_first = kv_first;
-  result.kv_base = (shard.kv_offset + kv_first) / d;
+  result.q_count = residue < axis.q_len ? by_dilation.divide(axis.q_len - residue + d - 1) : 0;
+  result.kv_first = group - kv_group + (next ? d : 0);
+  result.kv_base = int32_t(kv_base) - lift + (next ? 1 : 0);
   return result;
 }
 

@@ -1,10 +1,11 @@
 // The window mask of one key tile in the wgmma accumulator layout, one bit per element of a thread.
 //
-// A thread of an accumulator with kN columns holds, of each of its two rows, the kN / 4 elements at columns 8j + 2q + e (q = thread % 4,
-// e = 0, 1): bit 2j + e of the row's mask says whether the row sees that key. A window is a product of intervals, so the mask of a row
-// is the AND over the axes of "the column's coordinate lies in [lo, hi)", and that is prefix(hi) & ~prefix(lo) with one table per
-// axis: prefix(x) has the bits of the columns whose coordinate is below x. The tables depend on the key box alone; a CTA builds them
-// once. An edge tile then costs six table reads a row and one predicated select per element; no division, no comparison.
+// A thread of an accumulator with kN columns holds, of each of its two rows, the kN / 4 elements at columns 8j + 2q + e (q
+// = thread % 4, e = 0, 1): bit 2j + e of the row's mask says whether the row sees that key. A window is a product of
+// intervals, so the mask of a row is the AND over the axes of "the column's coordinate lies in [lo, hi)", and that is
+// prefix(hi) & ~prefix(lo) with one table per axis: prefix(x) has the bits of the columns whose coordinate is below x. The
+// tables depend on the key box alone; a CTA builds them once. An edge tile then costs six table reads a row and one
+// predicated select per element; no division, no comparison.
 #pragma once
 
 #include <cstdint>
@@ -32,11 +33,11 @@ struct ColumnMask {
         const int column = bit / 2 * 8 + q * 2 + bit % 2;
         const int line = column / box[2];
         const int c[kMaxRank] = {line / box[1], line % box[1], column - line * box[2]};
+        const bool exists = bit < kBits && c[0] < box[0];  // columns past the box are set on no axis
         int base = 0;
         for (int a = 0; a < kMaxRank; ++a) {
-          // Columns past the box have c[0] >= box[0] and are never set on axis 0.
           for (int x = thread / 32; x <= box[a]; x += num_threads / 32) {
-            const uint32_t value = __ballot_sync(~0u, bit < kBits && c[a] < x);
+            const uint32_t value = __ballot_sync(~0u, exists && c[a] < x);
             if (lane == 0) bits[base + x][q][word] = value;
           }
           base += box[a] + 1;
@@ -45,20 +46,17 @@ struct ColumnMask {
     }
   }
 
-  // keys: the row's windows; tile: first coordinates of the key tile.
-  __device__ __forceinline__ void row(uint32_t (&mask)[kWords], const Interval (&keys)[kMaxRank], const int32_t (&tile)[kMaxRank],
-                                      const int32_t (&box)[kMaxRank], int q) const {
-    int base = 0;
+  // Word w of a row that sees every column.
+  __device__ static constexpr uint32_t all(int w) { return 32 * (w + 1) <= kBits ? ~0u : (1u << kBits % 32) - 1; }
+
+  // ANDs the columns inside `keys` on axis a into the mask; tile: first coordinate of the key tile on that axis.
+  __device__ __forceinline__ void restrict_axis(uint32_t (&mask)[kWords], int a, Interval keys, int32_t tile,
+                                                const int32_t (&box)[kMaxRank], int q) const {
+    const int base = a == 0 ? 0 : a == 1 ? box[0] + 1 : box[0] + box[1] + 2;
+    const int lo = base + min(max(keys.begin - tile, 0), box[a]);
+    const int hi = base + min(max(keys.end - tile, 0), box[a]);
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) mask[w] = ~0u;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      const int lo = min(max(keys[a].begin - tile[a], 0), box[a]);
-      const int hi = min(max(keys[a].end - tile[a], 0), box[a]);
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) mask[w] &= bits[base + hi][q][w] & ~bits[base + lo][q][w];
-      base += box[a] + 1;
-    }
+    for (int w = 0; w < kWords; ++w) mask[w] &= bits[hi][q][w] & ~bits[lo][q][w];
   }
 };
 

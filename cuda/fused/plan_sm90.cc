@@ -1,8 +1,10 @@
 #include "plan_sm90.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -12,18 +14,22 @@
 namespace jax_na::hopper {
 namespace {
 
-// What the tiles of one axis add up to, over all dilation groups. The sums over axes multiply, because tiles are products of intervals.
+// What the tiles of one axis add up to, over all dilation groups. The sums over axes multiply, because tiles are products
+// of intervals.
 struct AxisCost {
-  double tiles = 0;   // query tiles of a CTA
-  double loads = 0;   // key tiles loaded by a CTA
-  double visits = 0;  // key tiles multiplied by a warpgroup, summed over the warpgroups on this axis
-  double full = 0;    // of those, the ones inside every row's window
+  double tiles = 0;    // query tiles of a CTA
+  double loads = 0;    // key tiles loaded by a CTA
+  double visits = 0;   // key tiles multiplied by a consumer, summed over the consumers on this axis
+  double full = 0;     // of those, the ones inside every row's window
+  int32_t widest = 0;  // keys that a consumer's queries see, at most
 };
 
 int32_t tokens_per_group(int32_t length, int32_t dilation) { return (length + dilation - 1) / dilation; }
 
-// warpgroups: boxes of q_box queries that follow one another on this axis. Shards: the local lengths stand for the global one.
-AxisCost axis_cost(const Axis& axis, int32_t q_box, int32_t warpgroups, int32_t kv_box) {
+// consumers: boxes of q_box queries that follow one another on this axis. Shards: the local lengths stand for the global
+// one. Where its tiles lie on the global axis is not known here: `widest` is then a bound (leaders of m consecutive queries
+// lie at most m - 1 + stride - 1 apart).
+AxisCost axis_cost(const Axis& axis, bool sharded, int32_t q_box, int32_t consumers, int32_t kv_box) {
   AxisCost total;
   const int32_t long_groups = axis.kv_len % axis.dilation;
   for (int kind = 0; kind < 2; ++kind) {
@@ -32,18 +38,19 @@ AxisCost axis_cost(const Axis& axis, int32_t q_box, int32_t warpgroups, int32_t 
     const int32_t queries = std::min(length, tokens_per_group(axis.q_len, axis.dilation));
     if (groups == 0) continue;
     AxisCost sum;
-    for (int32_t first = 0; first < queries; first += q_box * warpgroups) {
-      const int32_t last = std::min(first + q_box * warpgroups, queries) - 1;
+    for (int32_t first = 0; first < queries; first += q_box * consumers) {
+      const int32_t last = std::min(first + q_box * consumers, queries) - 1;
       const int32_t begin = keys_of_query(axis, length, first).begin;
       const int32_t end = keys_of_query(axis, length, last).end;
       sum.tiles += 1;
       sum.loads += (end - begin + kv_box - 1) / kv_box;
-      for (int32_t w = 0; w < warpgroups; ++w) {
+      for (int32_t w = 0; w < consumers; ++w) {
         const int32_t w_first = first + w * q_box;
         if (w_first >= queries) break;
         const int32_t w_last = std::min(w_first + q_box, queries) - 1;
         const Interval low = keys_of_query(axis, length, w_first);
         const Interval high = keys_of_query(axis, length, w_last);
+        total.widest = std::max(total.widest, high.end - low.begin);
         const int32_t first_tile = (low.begin - begin) / kv_box;
         const int32_t end_tile = (high.end - begin + kv_box - 1) / kv_box;
         sum.visits += end_tile - first_tile;
@@ -57,23 +64,24 @@ AxisCost axis_cost(const Axis& axis, int32_t q_box, int32_t warpgroups, int32_t 
     total.visits += groups * sum.visits;
     total.full += groups * sum.full;
   }
+  if (sharded) total.widest = axis.window + q_box + axis.stride - 2;
   return total;
 }
 
 // Memoised axis_cost of one axis.
 class AxisCosts {
  public:
-  explicit AxisCosts(const Axis& axis) : axis_(axis) {}
-  const AxisCost& get(int32_t q_box, int32_t warpgroups, int32_t kv_box) {
-    const int64_t key = (int64_t(q_box) << 32) | (int64_t(warpgroups) << 16) | kv_box;
+  AxisCosts(const Axis& axis, bool sharded) : axis_(axis), sharded_(sharded) {}
+  const AxisCost& get(int32_t q_box, int32_t consumers, int32_t kv_box) {
+    const int64_t key = (int64_t(q_box) << 32) | (int64_t(consumers) << 16) | kv_box;
     auto found = costs_.find(key);
-    if (found == costs_.end()) found = costs_.emplace(key, axis_cost(axis_, q_box, warpgroups, kv_box)).first;
+    if (found == costs_.end()) found = costs_.emplace(key, axis_cost(axis_, sharded_, q_box, consumers, kv_box)).first;
     return found->second;
   }
-  // Most keys that a tile of q_box * warpgroups queries can need.
-  int32_t widest_union(int32_t q_box, int32_t warpgroups) const {
+  // Most keys that a tile of q_box * consumers queries can need.
+  int32_t widest_union(int32_t q_box, int32_t consumers) const {
     const int32_t length = tokens_per_group(axis_.kv_len, axis_.dilation);
-    return std::min(length, axis_.window + q_box * warpgroups + axis_.stride - 2 + (axis_.stride > 1 ? axis_.stride : 0));
+    return std::min(length, axis_.window + q_box * consumers + axis_.stride - 2 + (axis_.stride > 1 ? axis_.stride : 0));
   }
   int32_t queries() const { return tokens_per_group(axis_.q_len, axis_.dilation); }
   // Largest box TMA can read on this axis.
@@ -81,27 +89,43 @@ class AxisCosts {
 
  private:
   Axis axis_;
+  bool sharded_;
   std::map<int64_t, AxisCost> costs_;
 };
 
 // Weights of the cost model, in key columns of 64 rows.
-// PERF: relative times, from the arithmetic of a tile (see DESIGN.md); measured on an H200 only through the plans they choose.
-constexpr double kTileOverhead = 16;   // per key tile: barriers, row maximum, rescaling
-constexpr double kMaskShare = 0.2;     // of a tile's columns, where a mask is applied
-constexpr double kItemOverhead = 100;  // per query tile: prologue and epilogue
-constexpr double kLoadShare = 1.33;    // loading a column from L2, against multiplying it with 64 rows
+// PERF: relative times, from the arithmetic of a tile (see DESIGN.md); measured on an H200 only through the plans they
+// choose.
+constexpr double kTileOverhead = 16;     // per key tile: barriers, row maximum, rescaling
+constexpr double kMaskShare = 0.45;      // of a tile's columns, where a mask is applied
+constexpr double kItemOverhead = 100;    // per query tile: prologue and epilogue
+constexpr double kWarpColumnCost = 2.2;  // a column of mma.sync, masked, against one of wgmma, not masked
+constexpr double kLoadShare = 1.33;      // loading a column from L2, against multiplying it with 64 rows
 
-double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank]) {
+double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const int32_t (&kv_box)[kMaxRank],
+                 int32_t num_consumers, double* columns) {
   const double n = kernel.num_columns;
   const double visits = c[0].visits * c[1].visits * c[2].visits;
-  const double full = c[0].full * c[1].full * c[2].full;
-  const double loads = c[0].loads * c[1].loads * c[2].loads * (kernel.shared ? 1.0 : 1.0);
-  const double items = c[0].tiles * c[1].tiles * c[2].tiles * (kernel.shared ? kernel.num_consumers : 1);
-  const double compute = visits * (n + kTileOverhead) + (visits - full) * n * kMaskShare + items * kItemOverhead;
-  const double load = loads * n * kLoadShare;
+  const double loads = c[0].loads * c[1].loads * c[2].loads;
+  const double consumers = c[0].tiles * c[1].tiles * c[2].tiles * num_consumers;
+  double compute;
+  if (kernel.sharing == Sharing::kWarps) {
+    int32_t keys = 1;
+    for (int a = 0; a < kMaxRank; ++a) keys *= std::min(kv_box[a], c[a].widest);
+    if (keys > kWarpColumns) return std::numeric_limits<double>::infinity();
+    *columns = keys <= 64 ? 64 : kWarpColumns;
+    compute = (visits * (*columns * kWarpColumnCost + 2 * kTileOverhead) + consumers * kItemOverhead) / 4;
+  } else {
+    *columns = n;
+    // Columns past the box need a mask.
+    const double full = kv_box[0] * kv_box[1] * kv_box[2] == n ? c[0].full * c[1].full * c[2].full : 0;
+    compute = visits * (n + kTileOverhead) + (visits - full) * n * kMaskShare + consumers * kItemOverhead;
+  }
+  const double load = loads * kv_box[0] * kv_box[1] * kv_box[2] * kLoadShare;
   return std::max(compute, load) + 0.15 * std::min(compute, load);
 }
 
+// Extents worth trying on an axis: every one up to ten, then even ones.
 std::vector<int32_t> query_extents(int32_t limit) {
   std::vector<int32_t> result;
   for (int32_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 21, 24, 28, 32, 40, 48, 56, 64}) {
@@ -110,61 +134,98 @@ std::vector<int32_t> query_extents(int32_t limit) {
   return result;
 }
 
+// Ways to arrange a kernel's consumers.
+std::vector<std::array<int32_t, kMaxRank>> grids(const KernelShape& kernel) {
+  const int32_t n = kernel.num_consumers;
+  if (kernel.sharing == Sharing::kPrivate) return {{1, 1, 1}};
+  if (kernel.sharing == Sharing::kShared) return {{n, 1, 1}, {1, n, 1}, {1, 1, n}};
+  std::vector<std::array<int32_t, kMaxRank>> result;
+  for (int32_t g0 = 1; g0 <= n; ++g0) {
+    for (int32_t g1 = 1; g0 * g1 <= n; ++g1) {
+      if (n % (g0 * g1) == 0) result.push_back({g0, g1, n / (g0 * g1)});
+    }
+  }
+  return result;
+}
+
+// The best key box for one kernel, query unit and grid; improves `best`.
+void search_kv_boxes(const Problem& problem, int32_t index, const int32_t (&unit)[kMaxRank],
+                     const std::array<int32_t, kMaxRank>& grid, std::vector<AxisCosts>& costs, ForwardPlan* best) {
+  const KernelShape& kernel = kForwardKernels[index];
+  int32_t limit[kMaxRank];
+  int32_t num_consumers = 1;
+  for (int a = 0; a < kMaxRank; ++a) {
+    limit[a] = std::min({costs[a].widest_union(unit[a], grid[a]), costs[a].largest_box(), kernel.num_columns});
+    if (unit[a] * grid[a] > costs[a].largest_box()) return;
+    num_consumers *= grid[a];
+  }
+  for (int32_t n0 = 1; n0 <= limit[0]; ++n0) {
+    const AxisCost& c0 = costs[0].get(unit[0], grid[0], n0);
+    for (int32_t n1 = 1; n1 <= limit[1] && n0 * n1 <= kernel.num_columns; ++n1) {
+      int32_t n2 = std::min(kernel.num_columns / (n0 * n1), limit[2]);
+      if (n0 * n1 * n2 * 2 < kernel.num_columns && (n0 < limit[0] || n1 < limit[1])) continue;
+      const int32_t parts = (limit[2] + n2 - 1) / n2;
+      n2 = (limit[2] + parts - 1) / parts;
+      const AxisCost c[kMaxRank] = {c0, costs[1].get(unit[1], grid[1], n1), costs[2].get(unit[2], grid[2], n2)};
+      const int32_t kv_box[kMaxRank] = {n0, n1, n2};
+      double columns = 0;
+      const double cost = plan_cost(kernel, c, kv_box, num_consumers, &columns);
+      if (cost >= best->cost) continue;
+      best->kernel = index;
+      best->cost = cost;
+      best->visited = c[0].visits * c[1].visits * c[2].visits * kernel.rows_per_consumer() * columns /
+                      (double(problem.q_tokens()) * problem.window_volume());
+      for (int a = 0; a < kMaxRank; ++a) {
+        best->unit[a] = unit[a];
+        best->grid[a] = grid[a];
+        best->kv_box[a] = kv_box[a];
+      }
+    }
+  }
+}
+
 ForwardPlan search(const Problem& problem) {
   ForwardPlan best;
+  best.cost = std::numeric_limits<double>::infinity();
   std::vector<AxisCosts> costs;
-  for (int a = 0; a < kMaxRank; ++a) costs.emplace_back(problem.axis[a]);
-  for (int32_t k = 0; k < int32_t(sizeof(kForwardKernels) / sizeof(kForwardKernels[0])); ++k) {
+  for (const Axis& axis : problem.axis) costs.emplace_back(axis, problem.sharded != 0);
+  for (int32_t k = 0; k < kNumForwardKernels; ++k) {
     const KernelShape& kernel = kForwardKernels[k];
     if (kernel.dim != problem.dim) continue;
+    const int32_t rows = kernel.rows_per_consumer();
     for (int32_t m0 : query_extents(std::min(costs[0].queries(), costs[0].largest_box()))) {
       for (int32_t m1 : query_extents(std::min(costs[1].queries(), costs[1].largest_box()))) {
-        if (m0 * m1 > kRowsPerWarpgroup) break;
+        if (m0 * m1 > rows) break;
         // The innermost extent: the largest that fits, and the one that splits the axis evenly.
-        const int32_t widest = std::min({kRowsPerWarpgroup / (m0 * m1), costs[2].queries(), costs[2].largest_box()});
+        const int32_t widest = std::min({rows / (m0 * m1), costs[2].queries(), costs[2].largest_box()});
         const int32_t parts = (costs[2].queries() + widest - 1) / widest;
         const int32_t even = (costs[2].queries() + parts - 1) / parts;
         for (int32_t m2 : {widest, even}) {
-          if (m2 == even && even == widest && &m2 != nullptr && m0 * m1 * m2 * 2 < kRowsPerWarpgroup &&
-              m2 < costs[2].queries() && m2 < costs[2].largest_box()) {
-            continue;
-          }
-          const int32_t m[kMaxRank] = {m0, m1, m2};
-          for (int split = 0; split < kMaxRank; ++split) {
-            if (!kernel.shared && split != kMaxRank - 1) continue;
-            int32_t w[kMaxRank] = {1, 1, 1};
-            if (kernel.shared) w[split] = kernel.num_consumers;
-            int32_t limit[kMaxRank];
-            for (int a = 0; a < kMaxRank; ++a) {
-              limit[a] = std::min({costs[a].widest_union(m[a], w[a]), costs[a].largest_box(), kernel.num_columns});
-            }
-            for (int32_t n0 = 1; n0 <= limit[0]; ++n0) {
-              const AxisCost& c0 = costs[0].get(m0, w[0], n0);
-              for (int32_t n1 = 1; n1 <= limit[1] && n0 * n1 <= kernel.num_columns; ++n1) {
-                int32_t n2 = std::min(kernel.num_columns / (n0 * n1), limit[2]);
-                if (n0 * n1 * n2 * 2 < kernel.num_columns && (n0 < limit[0] || n1 < limit[1])) continue;
-                const int32_t n2_parts = (limit[2] + n2 - 1) / n2;
-                n2 = (limit[2] + n2_parts - 1) / n2_parts;
-                const AxisCost c[kMaxRank] = {c0, costs[1].get(m1, w[1], n1), costs[2].get(m2, w[2], n2)};
-                const double cost = plan_cost(kernel, c);
-                if (best.kernel >= 0 && cost >= best.cost) continue;
-                best.kernel = k;
-                best.cost = cost;
-                best.split_axis = split;
-                best.visited = c[0].visits * c[1].visits * c[2].visits * kRowsPerWarpgroup * kernel.num_columns /
-                               (double(problem.q_tokens()) * problem.window_volume());
-                for (int a = 0; a < kMaxRank; ++a) best.q_box[a] = m[a];
-                best.kv_box[0] = n0;
-                best.kv_box[1] = n1;
-                best.kv_box[2] = n2;
-              }
-            }
-          }
+          const bool wasteful = m0 * m1 * m2 * 2 < rows && m2 < costs[2].queries() && m2 < costs[2].largest_box();
+          if (wasteful) continue;
+          const int32_t unit[kMaxRank] = {m0, m1, m2};
+          for (const auto& grid : grids(kernel)) search_kv_boxes(problem, k, unit, grid, costs, &best);
+          if (even == widest) break;
         }
       }
     }
   }
   return best;
+}
+
+// What follows from the boxes: the keys of a warp.
+void complete(const Problem& problem, ForwardPlan* plan) {
+  if (plan->kernel < 0) return;
+  for (int a = 0; a < kMaxRank; ++a) {
+    const AxisCost cost = axis_cost(problem.axis[a], problem.sharded != 0, plan->unit[a], plan->grid[a], plan->kv_box[a]);
+    plan->warp_keys[a] = std::min(plan->kv_box[a], cost.widest);
+  }
+}
+
+// For a plan completed: within the limits of its kernel.
+bool fits(const ForwardPlan& plan) {
+  return plan.kernel < 0 || kForwardKernels[plan.kernel].sharing != Sharing::kWarps ||
+         plan.warp_keys[0] * plan.warp_keys[1] * plan.warp_keys[2] <= kWarpColumns;
 }
 
 std::string key_of(const Problem& p) {
@@ -181,9 +242,9 @@ std::string key_of(const Problem& p) {
 
 void apply_override(const char* text, ForwardPlan* plan) {
   ForwardPlan p;
-  const int fields = std::sscanf(text, "%d:%d,%d,%d:%d:%d,%d,%d", &p.kernel, &p.q_box[0], &p.q_box[1], &p.q_box[2],
-                                 &p.split_axis, &p.kv_box[0], &p.kv_box[1], &p.kv_box[2]);
-  if (fields == 8) *plan = p;
+  const int fields = std::sscanf(text, "%d:%d,%d,%d:%d,%d,%d:%d,%d,%d", &p.kernel, &p.unit[0], &p.unit[1], &p.unit[2],
+                                 &p.grid[0], &p.grid[1], &p.grid[2], &p.kv_box[0], &p.kv_box[1], &p.kv_box[2]);
+  if (fields == 10) *plan = p;
 }
 
 }  // namespace
@@ -207,15 +268,19 @@ const char* why_not_forward(const Problem& problem) {
   return nullptr;
 }
 
-std::string describe(const Problem& problem, const ForwardPlan& plan) {
+std::string describe(const ForwardPlan& plan) {
   if (plan.kernel < 0) return "no plan";
   const KernelShape& kernel = kForwardKernels[plan.kernel];
-  char text[256];
+  const char* consumer = kernel.sharing == Sharing::kWarps     ? "warps"
+                         : kernel.sharing == Sharing::kPrivate ? "independent warpgroups"
+                                                               : "warpgroups";
+  char text[320];
   std::snprintf(text, sizeof(text),
-                "hopper forward: D %d, %d x 64 queries%s of %dx%dx%d (along axis %d), %d keys of %dx%dx%d, visited %.2f",
-                kernel.dim, kernel.num_consumers, kernel.shared ? "" : " (private)", plan.q_box[0], plan.q_box[1],
-                plan.q_box[2], plan.split_axis - (kMaxRank - problem.rank), kernel.num_columns, plan.kv_box[0],
-                plan.kv_box[1], plan.kv_box[2], plan.visited);
+                "hopper forward: kernel %d, D %d, %d %s of %dx%dx%d queries as %dx%dx%d, key tiles of %dx%dx%d (of %d), "
+                "keys of a consumer %dx%dx%d, visited %.2f",
+                plan.kernel, kernel.dim, kernel.num_consumers, consumer, plan.unit[0], plan.unit[1], plan.unit[2],
+                plan.grid[0], plan.grid[1], plan.grid[2], plan.kv_box[0], plan.kv_box[1], plan.kv_box[2],
+                kernel.num_columns, plan.warp_keys[0], plan.warp_keys[1], plan.warp_keys[2], plan.visited);
   return text;
 }
 
@@ -229,9 +294,11 @@ ForwardPlan plan_forward(const Problem& problem) {
   if (found != plans.end()) return found->second;
   ForwardPlan plan = search(problem);
   if (override_text != nullptr) apply_override(override_text, &plan);
+  complete(problem, &plan);
+  if (!fits(plan)) plan.kernel = -1;
   plans.emplace(key, plan);
   const char* explain = std::getenv("JAX_NA_EXPLAIN");
-  if (explain != nullptr && explain[0] == '1') std::fprintf(stderr, "%s\n", describe(problem, plan).c_str());
+  if (explain != nullptr && explain[0] == '1') std::fprintf(stderr, "%s\n", describe(plan).c_str());
   return plan;
 }
 

@@ -19,8 +19,7 @@ namespace jax_na {
 // How token coordinates become map coordinates; the same for every tensor with these axes.
 struct TokenLayout {
   int32_t dilation[kMaxRank] = {1, 1, 1};
-  int32_t fold[kMaxRank] = {0, 0,
-                            0};  // 0: map coordinate = token; else the step of the next inner coordinate per residue
+  int32_t fold[kMaxRank] = {0, 0, 0};  // 0: map coordinate = token; else the step of the next inner coordinate per residue
 };
 
 struct MapCoords {
@@ -30,8 +29,8 @@ struct MapCoords {
 __device__ __forceinline__ int32_t floor_divide(int32_t n, int32_t d) { return n >= 0 ? n / d : -((d - 1 - n) / d); }
 
 // element: offset in (heads, dim); x: local tokens, possibly outside the tensor.
-__device__ __forceinline__ MapCoords map_coords(const TokenLayout& layout, int32_t element,
-                                                const int32_t (&x)[kMaxRank], int32_t batch) {
+__device__ __forceinline__ MapCoords map_coords(const TokenLayout& layout, int32_t element, const int32_t (&x)[kMaxRank],
+                                                int32_t batch) {
   MapCoords m{{element, x[2], x[1], x[0], batch}};
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
@@ -70,10 +69,10 @@ inline bool make_token_layout(TokenLayout* layout, const Problem& problem, const
 
 // Null on success, else what failed. type: of the elements (2 bytes, or 4 for fp32); rows of min(dim, row_elements)
 // elements.
-inline const char* make_token_map(CUtensorMap* map, const TokenLayout& layout, const void* base,
-                                  CUtensorMapDataType type, int32_t element_bytes, int64_t batch,
-                                  const int32_t (&lengths)[kMaxRank], int32_t heads, int32_t dim,
-                                  const int32_t (&box)[kMaxRank], int32_t row_elements, CUtensorMapSwizzle swizzle) {
+inline const char* make_token_map(CUtensorMap* map, const TokenLayout& layout, const void* base, CUtensorMapDataType type,
+                                  int32_t element_bytes, int64_t batch, const int32_t (&lengths)[kMaxRank], int32_t heads,
+                                  int32_t dim, const int32_t (&box)[kMaxRank], int32_t row_elements,
+                                  CUtensorMapSwizzle swizzle) {
   sm90::TensorMapRequest request;
   request.base = base;
   request.type = type;

@@ -31,17 +31,15 @@ __device__ __forceinline__ void tma_load_5d(uint32_t smem, const CUtensorMap* ma
 
 __device__ __forceinline__ void tma_store_5d(const CUtensorMap* map, uint32_t smem, int32_t c0, int32_t c1, int32_t c2,
                                              int32_t c3, int32_t c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
-      "r"(smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+               "r"(smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
 }
 
-__device__ __forceinline__ void tma_reduce_add_5d(const CUtensorMap* map, uint32_t smem, int32_t c0, int32_t c1,
-                                                  int32_t c2, int32_t c3, int32_t c4) {
+__device__ __forceinline__ void tma_reduce_add_5d(const CUtensorMap* map, uint32_t smem, int32_t c0, int32_t c1, int32_t c2,
+                                                  int32_t c3, int32_t c4) {
   asm volatile(
-      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(
-          map),
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
       "r"(smem), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
@@ -87,9 +85,9 @@ struct TensorMapRequest {
 
 // Null on success, else what failed (static text).
 inline const char* encode_tensor_map(CUtensorMap* map, const TensorMapRequest& request) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -100,11 +98,10 @@ inline const char* encode_tensor_map(CUtensorMap* map, const TensorMapRequest& r
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
   uint32_t box[5];
   for (int i = 0; i < 5; ++i) box[i] = (request.box[i] - 1) * request.element_stride[i] + 1;
-  const CUresult result =
-      encode(map, request.type, 5, const_cast<void*>(request.base), reinterpret_cast<const cuuint64_t*>(request.size),
-             reinterpret_cast<const cuuint64_t*>(request.stride_bytes), box, request.element_stride,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, request.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      map, request.type, 5, const_cast<void*>(request.base), reinterpret_cast<const cuuint64_t*>(request.size),
+      reinterpret_cast<const cuuint64_t*>(request.stride_bytes), box, request.element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      request.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the tensor map";
 }
 

@@ -96,6 +96,7 @@ struct Wgmma;
 #define JAX_NA_REGS_80 JAX_NA_REGS_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define JAX_NA_REGS_88 JAX_NA_REGS_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define JAX_NA_REGS_96 JAX_NA_REGS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define JAX_NA_REGS_100 JAX_NA_REGS_96 ", %96, %97, %98, %99"
 #define JAX_NA_REGS_104 JAX_NA_REGS_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
 #define JAX_NA_REGS_112 JAX_NA_REGS_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
 #define JAX_NA_REGS_120 JAX_NA_REGS_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
@@ -123,6 +124,7 @@ struct Wgmma;
   "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 #define JAX_NA_OUTS_96(d) JAX_NA_OUTS_88(d), \
   "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
+#define JAX_NA_OUTS_100(d) JAX_NA_OUTS_96(d), "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99])
 #define JAX_NA_OUTS_104(d) JAX_NA_OUTS_96(d), \
   "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103])
 #define JAX_NA_OUTS_112(d) JAX_NA_OUTS_104(d), \
@@ -178,6 +180,7 @@ JAX_NA_DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
 JAX_NA_DEFINE_WGMMA(160, 80, 80, 81, 82, 83, 84, 85, 86)
 JAX_NA_DEFINE_WGMMA(176, 88, 88, 89, 90, 91, 92, 93, 94)
 JAX_NA_DEFINE_WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102)
+JAX_NA_DEFINE_WGMMA(200, 100, 100, 101, 102, 103, 104, 105, 106)
 JAX_NA_DEFINE_WGMMA(208, 104, 104, 105, 106, 107, 108, 109, 110)
 JAX_NA_DEFINE_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 

@@ -1,0 +1,120 @@
+// Host checks of the Hopper plan and geometry, called by test_hopper_plan.py. Each returns an error text, empty if all
+// holds.
+#include <algorithm>
+#include <string>
+
+#include "fused/geometry.h"
+#include "fused/plan_sm90.h"
+
+using namespace jax_na;
+using namespace jax_na::hopper;
+
+namespace {
+
+// Every key that a warp's queries see lies in the box of keys which the kernel derives for it, tile by tile.
+std::string check_warp_keys(const Axis& axis, int32_t unit, int32_t grid, int32_t kv_box, int32_t warp_keys) {
+  for (int32_t g = 0; g < axis.dilation; ++g) {
+    const int32_t length = group_length(axis.kv_len, axis.dilation, g);
+    for (int32_t first = 0; first < length; first += unit * grid) {
+      const int32_t start = keys_of_query(axis, length, first).begin;
+      for (int32_t w_first = first; w_first < std::min(first + unit * grid, length); w_first += unit) {
+        const int32_t begin = keys_of_query(axis, length, w_first).begin;
+        const int32_t end = keys_of_query(axis, length, std::min(w_first + unit, length) - 1).end;
+        for (int32_t tile = start; tile < end; tile += kv_box) {
+          const int32_t from = tile + std::min(std::max(begin - tile, 0), kv_box - warp_keys);
+          if (std::max(begin, tile) < std::min(end, tile + kv_box) &&
+              (std::max(begin, tile) < from || std::min(end, tile + kv_box) > from + warp_keys)) {
+            return "keys of queries from " + std::to_string(w_first) + " leave the box in the tile at " +
+                   std::to_string(tile);
+          }
+        }
+      }
+    }
+  }
+  return "";
+}
+
+std::string check(const Problem& problem) {
+  if (const char* reason = why_not_forward(problem)) return reason;
+  const ForwardPlan plan = plan_forward(problem);
+  if (plan.kernel < 0) return "no plan";
+  const KernelShape& kernel = kForwardKernels[plan.kernel];
+  int32_t rows = 1, keys = 1, consumers = 1, warp_keys = 1;
+  for (int a = 0; a < kMaxRank; ++a) {
+    rows *= plan.unit[a];
+    keys *= plan.kv_box[a];
+    consumers *= plan.grid[a];
+    warp_keys *= plan.warp_keys[a];
+    const Axis& axis = problem.axis[a];
+    if (kernel.sharing == Sharing::kWarps) {
+      const std::string error = check_warp_keys(axis, plan.unit[a], plan.grid[a], plan.kv_box[a], plan.warp_keys[a]);
+      if (!error.empty()) return "axis " + std::to_string(a) + ": " + error;
+    }
+  }
+  if (kernel.dim != problem.dim || rows > kernel.rows_per_consumer() || keys > kernel.num_columns)
+    return "a box is too large";
+  if (consumers != (kernel.sharing == Sharing::kPrivate ? 1 : kernel.num_consumers)) return "wrong number of consumers";
+  if (kernel.sharing == Sharing::kWarps && warp_keys > kWarpColumns) return "too many keys for a warp";
+  return "";
+}
+
+}  // namespace
+
+// axes: [rank, 5] lengths, windows, strides, dilations, causal.
+extern "C" const char* check_plan(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads) {
+  static std::string error;
+  Problem problem;
+  problem.rank = rank;
+  problem.dim = problem.dim_v = dim;
+  problem.heads = problem.kv_heads = heads;
+  for (int32_t i = 0; i < rank; ++i) {
+    const int32_t* x = axes + 5 * i;
+    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
+  }
+  error = check(problem);
+  if (!error.empty()) error = describe(plan_forward(problem)) + ": " + error;
+  return error.c_str();
+}
+
+extern "C" const char* check_group_axis() {
+  static std::string error;
+  for (int32_t d = 1; d < 12; ++d) {
+    for (int32_t length = d; length < 40; length += 3) {
+      for (int32_t q_offset = 0; q_offset < length; ++q_offset) {
+        for (int32_t halo : {0, 3, 11}) {
+          Axis axis;
+          axis.q_len = 7;
+          axis.kv_len = 7 + 2 * halo;
+          axis.dilation = d;
+          const Shard shard{q_offset, q_offset - halo, length};
+          for (int32_t residue = 0; residue < d; ++residue) {
+            const GroupAxis found = group_axis(axis, shard, residue, FastDivisor(d));
+            const int32_t group = (q_offset + residue) % d;
+            bool good = found.q_first == residue && found.q_base == (q_offset + residue) / d &&
+                        found.length == group_length(length, d, group) &&
+                        found.q_count == (residue < 7 ? (7 - residue + d - 1) / d : 0);
+            for (int32_t c = 0; c < 3; ++c) {
+              good = good && found.kv_first + (c - found.kv_base) * d == c * d + group - shard.kv_offset;
+            }
+            if (!good) error = "dilation " + std::to_string(d) + ", offset " + std::to_string(q_offset);
+          }
+        }
+      }
+    }
+  }
+  return error.c_str();
+}
+
+extern "C" const char* check_fast_divisor() {
+  static std::string error;
+  uint32_t state = 1;
+  for (uint32_t divisor = 1; divisor < 3000; ++divisor) {
+    const FastDivisor by(divisor);
+    for (int i = 0; i < 100; ++i) {
+      state = state * 1664525u + 1013904223u;
+      const uint32_t n = i < 4 ? 0x7FFFFFFFu - i : i < 50 ? divisor * uint32_t(i) - (i % 2) : state >> 1;
+      if (by.divide(n) != n / divisor) error = std::to_string(n) + " / " + std::to_string(divisor);
+    }
+  }
+  return error.c_str();
+}

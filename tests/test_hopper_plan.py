@@ -1,0 +1,72 @@
+"""The tile plan and the geometry of the Hopper kernels: what the kernels rely on, checked on the host."""
+
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    target = tmp_path_factory.mktemp("hopper_plan") / "hopper_plan.so"
+    sources = [ROOT / "tests" / "hopper_plan.cpp", ROOT / "cuda" / "fused" / "plan_sm90.cc"]
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'cuda'}", *sources, "-o", target]
+    subprocess.run(command, check=True)
+    result = ctypes.CDLL(str(target))
+    for name in ("check_plan", "check_group_axis", "check_fast_divisor"):
+        getattr(result, name).restype = ctypes.c_char_p
+    return result
+
+
+def plan_error(library, axes, dim, heads=2):
+    flat = [value for axis in axes for value in axis]
+    return library.check_plan((ctypes.c_int32 * len(flat))(*flat), len(axes), dim, heads).decode()
+
+
+def test_group_axis(library):
+    assert library.check_group_axis() == b""
+
+
+def test_fast_divisor(library):
+    assert library.check_fast_divisor() == b""
+
+
+@pytest.mark.parametrize(
+    ("axes", "dim"),
+    [
+        ([(32768, 2048, 1, 1, 0)], 128),
+        ([(256, 80, 16, 1, 0), (256, 80, 16, 1, 0)], 128),
+        ([(56, 7, 1, 1, 0), (56, 7, 1, 1, 0)], 32),
+        ([(56, 7, 1, 8, 0), (56, 7, 1, 8, 0)], 32),
+        ([(16, 3, 1, 1, 0), (34, 7, 1, 1, 0), (60, 7, 1, 1, 0)], 64),
+        ([(31, 11, 1, 1, 0), (136, 11, 1, 1, 0), (240, 11, 1, 1, 0)], 64),
+        ([(24, 24, 1, 1, 0), (44, 4, 1, 11, 0), (80, 16, 1, 5, 0)], 128),
+        ([(16384, 2048, 1, 1, 1)], 64),
+    ],
+)
+def test_plans_of_the_benchmark(library, axes, dim):
+    assert plan_error(library, axes, dim) == ""
+
+
+def test_plans_of_random_problems(library):
+    choose = random.Random(0)
+    for _ in range(150):
+        rank = choose.choice([1, 2, 3])
+        axes = []
+        for _ in range(rank):
+            length = choose.randint(1, {1: 2000, 2: 70, 3: 18}[rank])
+            dilation = choose.choice([1, 1, choose.randint(1, min(8, length))])
+            largest = length // dilation
+            window = choose.choice([choose.randint(1, largest), min(largest, 7)])
+            axes.append((length, window, choose.randint(1, window), dilation, choose.choice([0, 0, 1])))
+        dim = choose.choice([32, 64, 128, 256])
+        assert plan_error(library, axes, dim) == "", (axes, dim)
