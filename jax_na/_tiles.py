@@ -3,7 +3,8 @@
 Dilation splits every axis into groups that do not see each other, so all geometry is in group coordinates (token ``x`` of
 group ``x % dilation`` has coordinate ``x // dilation``). A *tile* is a box of ``tile`` query coordinates, a *box* the
 union of its windows: ``box`` keys per axis, the same for every tile. One *step* of the loop handles one tile of ``chunk``
-= (dilation groups, batch entries, key/value heads); ``coords`` [3 + rank] are its indices on the grid of steps.
+= (dilation groups, batch entries, key/value heads). Tiles and boxes are read from and written to arrays in their own
+heads-last layout: there is no copy of a whole tensor unless an axis has to be padded to whole tiles or dilation groups.
 
 Whether a query sees a key of its box is, per axis, one interval: the mask is the AND of ``rank`` comparisons.
 
@@ -81,9 +82,24 @@ class Plan:
         return (*(t // c for t, c in zip(totals, self.chunk, strict=True)), *(axis.num_tiles for axis in self.axes))
 
     @property
+    def step_groups(self) -> tuple[int, ...]:
+        """Dilation groups of one step, per axis: all groups of the last axes and a part of those of one more."""
+        left, result = self.chunk[0], []
+        for axis in reversed(self.axes):
+            result.append(math.gcd(left, axis.dilation))
+            left //= result[-1]
+        return tuple(reversed(result))
+
+    @property
     def steps(self) -> np.ndarray:
-        """int32 ``[steps, 3 + rank]``: the ``coords`` of every step."""
-        return np.stack(np.unravel_index(np.arange(math.prod(self.grid)), self.grid), -1).astype(np.int32)
+        """int32 ``[steps, 3 + 2 * rank]``, the ``coords`` of every step.
+
+        Which part of the dilation groups; first batch entry, first key/value head; the tile's index on each axis; the first
+        dilation group on each axis.
+        """
+        part, batch, head, *tiles = np.unravel_index(np.arange(math.prod(self.grid)), self.grid)
+        groups = np.unravel_index(part * self.chunk[0], [axis.dilation for axis in self.axes])
+        return np.stack([part, batch * self.chunk[1], head * self.chunk[2], *tiles, *groups], -1).astype(np.int32)
 
 
 # --- choosing the tile -----------------------------------------------------------------------------------------------
@@ -109,17 +125,17 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _chunk(groups: int, batch: int, kv_heads: int, scores: int) -> tuple[int, int, int]:
+def _chunk(dilation: tuple[int, ...], batch: int, kv_heads: int, scores: int) -> tuple[int, int, int]:
     """The most heads, then batch entries, then dilation groups that keep a step of ``scores`` each within budget."""
     chosen = []
-    for total in (kv_heads, batch, groups):
+    for total in (kv_heads, batch, *reversed(dilation)):
         fitting = max((d for d in _divisors(total) if d * scores <= _CHUNK_SCORES), default=1)
         chosen.append(fitting)
         scores *= fitting
         if fitting < total:
             break
-    chosen += [1] * (3 - len(chosen))
-    return chosen[2], chosen[1], chosen[0]
+    chosen += [1] * (2 - len(chosen))
+    return math.prod(chosen[2:]), chosen[1], chosen[0]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,7 +168,7 @@ def choose_tile(
             box *= min(longest, box_length(size, spec.window[axis], spec.stride[axis], spec.is_causal[axis]))
             tiles *= -(-longest // size)
         scores = rows * box
-        chunk = _chunk(groups, batch, kv_heads, scores)
+        chunk = _chunk(spec.dilation, batch, kv_heads, scores)
         units = groups * batch * kv_heads * tiles
         # Matrix products on few rows run at a fraction of their speed.
         macs = max(rows, 32) * box * (dim + dim_v)
@@ -174,9 +190,7 @@ def make_plan(spec: Spec, inputs: Inputs) -> Plan:
     batch, kv_heads = math.prod(spec.lead(query)), key.shape[-2]
     members = query.shape[-2] // kv_heads
     bias_batch = 1 if bias is None else math.prod(bias.shape[: -1 - spec.rank])
-    lengths = (
-        spec.lengths or query_tokens
-    )  # the global ones, if they are known: then tiles and boxes are those of the whole call
+    lengths = spec.lengths or query_tokens  # the global ones if known: then tiles and boxes are those of the whole call
     tile, chunk = choose_tile(spec, lengths, batch // bias_batch, kv_heads, members, query.shape[-1], value.shape[-1])
     axes = []
     for axis in range(spec.rank):
@@ -264,94 +278,128 @@ class Tiles:
     plan: Plan
     axes: tuple[AxisGeometry, ...]
 
-    # --- queries
+    # --- query arrays: [*B, *Sq, H, C] as [batch, (row, group) per axis, kv_heads, members, C], and gradients of keys
+    # PERF: dimensions of length 1 are left out, otherwise XLA copies every such array before the loop.
 
-    def split_queries(self, x: Array, fill: float = 0.0) -> Array:
-        """``[*B, *Sq, H, C]`` to ``[steps, *tile]``; rows that are no query get ``fill``."""
-        plan, rank = self.plan, self.plan.rank
-        x = x.reshape(plan.batch, *(a.query_tokens for a in plan.axes), plan.kv_heads, plan.members, -1)
-        lengths = [a.num_tiles * a.tile * a.dilation for a in plan.axes]
-        x = _embed(x, lengths, [g.query_shift for g in self.axes], fill)
-        shape = [n for a in plan.axes for n in (a.num_tiles, a.tile, a.dilation)]
-        x = x.reshape(plan.batch, *shape, plan.kv_heads, plan.members, -1)
-        tiles, inner, groups = (tuple(range(1 + i, 1 + 3 * rank, 3)) for i in range(3))
-        heads = 1 + 3 * rank
-        x = x.transpose(*groups, 0, heads, *tiles, heads + 1, *inner, heads + 2)
-        g, b, h = plan.chunk
-        x = x.reshape(-1, g, plan.batch // b, b, plan.kv_heads // h, h, *x.shape[rank + 2 :])
-        x = x.transpose(0, 2, 4, *range(6, 6 + rank), 1, 3, 5, *range(6 + rank, x.ndim))
-        return x.reshape(-1, g, b, h, plan.members, math.prod(plan.tile), x.shape[-1])
+    def queries(self, x: Array, fill: float = 0.0) -> Array:
+        """``[*B, *Sq, H, C]`` with its axes split, padded with ``fill``."""
+        plan = self.plan
+        heads, channels = x.shape[-2:]
+        x = x.reshape(plan.batch, *(a.query_tokens for a in plan.axes), heads, channels)
+        x = _embed(x, [a.num_tiles * a.tile * a.dilation for a in plan.axes], [g.query_shift for g in self.axes], fill)
+        return x.reshape(self._shape([a.num_tiles * a.tile for a in plan.axes], heads // plan.kv_heads, channels))
+
+    def queries_shape(self, channels: int) -> tuple[int, ...]:
+        """Shape of a split array of queries."""
+        return self._shape([a.num_tiles * a.tile for a in self.plan.axes], self.plan.members, channels)
+
+    def keys_shape(self, channels: int) -> tuple[int, ...]:
+        """Shape of a split array of keys, to accumulate in."""
+        return self._shape([a.num_keys for a in self.plan.axes], 1, channels)
 
     def join_queries(self, x: Array, lead: Sequence[int]) -> Array:
-        """``[steps, *tile]`` to ``[*B, *Sq, H, C]``: undoes :meth:`split_queries`."""
-        plan, rank = self.plan, self.plan.rank
-        g, b, h = plan.chunk
-        x = x.reshape(*plan.grid, g, b, h, plan.members, *plan.tile, x.shape[-1])
-        tiles = tuple(range(3, 3 + rank))
-        x = x.transpose(0, 3 + rank, 1, 4 + rank, 2, 5 + rank, *tiles, *range(6 + rank, x.ndim))
-        x = x.reshape(*(a.dilation for a in plan.axes), plan.batch, plan.kv_heads, *x.shape[6:])
-        batch, heads, tiles = rank, rank + 1, tuple(range(rank + 2, 2 * rank + 2))
-        members, inner = 2 * rank + 2, tuple(range(2 * rank + 3, 3 * rank + 3))
-        spatial = [n for i in range(rank) for n in (tiles[i], inner[i], i)]
-        x = x.transpose(batch, *spatial, heads, members, x.ndim - 1)
-        x = x.reshape(plan.batch, *(a.num_tiles * a.tile * a.dilation for a in plan.axes), plan.kv_heads * plan.members, -1)
+        """Undoes :meth:`queries`."""
+        plan = self.plan
+        lengths = (a.num_tiles * a.tile * a.dilation for a in plan.axes)
+        x = x.reshape(plan.batch, *lengths, plan.kv_heads * plan.members, x.shape[-1])
         x = _extract(x, [a.query_tokens for a in plan.axes], [g.query_shift for g in self.axes])
         return x.reshape(*lead, *x.shape[1:])
 
-    # --- keys
-
-    def split_keys(self, x: Array) -> Array:
-        """``[*B, *Sk, Hkv, C]`` to the key buffer ``[groups, batch, kv_heads, *rows, C]``."""
-        plan, rank = self.plan, self.plan.rank
-        x = x.reshape(plan.batch, *(a.key_tokens for a in plan.axes), plan.kv_heads, -1)
-        x = _embed(x, [a.num_keys * a.dilation for a in plan.axes], [g.key_shift for g in self.axes], 0.0)
-        x = x.reshape(plan.batch, *(n for a in plan.axes for n in (a.num_keys, a.dilation)), plan.kv_heads, x.shape[-1])
-        rows, groups = tuple(range(1, 1 + 2 * rank, 2)), tuple(range(2, 2 + 2 * rank, 2))
-        x = x.transpose(*groups, 0, 1 + 2 * rank, *rows, 2 + 2 * rank)
-        return x.reshape(plan.groups, *x.shape[rank:])
-
     def join_keys(self, x: Array, lead: Sequence[int]) -> Array:
-        """Undoes :meth:`split_keys`."""
-        plan, rank = self.plan, self.plan.rank
-        x = x.reshape(*(a.dilation for a in plan.axes), *x.shape[1:])
-        spatial = [n for i in range(rank) for n in (rank + 2 + i, i)]
-        x = x.transpose(rank, *spatial, rank + 1, x.ndim - 1)
+        """``[*B, *Sk, Hkv, C]`` from a split array of keys."""
+        plan = self.plan
         x = x.reshape(plan.batch, *(a.num_keys * a.dilation for a in plan.axes), plan.kv_heads, x.shape[-1])
         x = _extract(x, [a.key_tokens for a in plan.axes], [g.key_shift for g in self.axes])
         return x.reshape(*lead, *x.shape[1:])
 
-    def _box_index(self, coords: Array) -> tuple[Array, ...]:
-        first = (coords[i] * size for i, size in enumerate(self.plan.chunk))
-        starts = (jnp.asarray(g.box_start)[coords[0], coords[3 + i]] for i, g in enumerate(self.axes))
-        return tuple(int32((*first, *starts, 0)))
+    def tile(self, x: Array, coords: Array) -> Array:
+        """The step's tile of a split array: ``[g, b, h, members, queries, C]``."""
+        plan = self.plan
+        index, sizes, full = self._region(self._tile_rows(coords), plan.tile, plan.members, x.shape[-1], coords)
+        region = _slice(x, index, sizes).reshape(full)
+        rank = plan.rank
+        positions, groups = range(1, 1 + 2 * rank, 2), range(2, 2 + 2 * rank, 2)
+        region = region.transpose(*groups, 0, 1 + 2 * rank, 2 + 2 * rank, *positions, 3 + 2 * rank)
+        return region.reshape(*plan.chunk, plan.members, math.prod(plan.tile), x.shape[-1])
 
-    def box(self, buffer: Array, coords: Array) -> Array:
-        """The step's box of a key buffer: ``[g, b, h, keys, C]``."""
-        sizes = (*self.plan.chunk, *self.plan.box, buffer.shape[-1])
-        box = lax.dynamic_slice(buffer, self._box_index(coords), sizes)
-        return box.reshape(*self.plan.chunk, -1, buffer.shape[-1])
+    def put_tile(self, x: Array, coords: Array, tile: Array) -> Array:
+        """Write the step's tile."""
+        plan = self.plan
+        index, sizes, _ = self._region(self._tile_rows(coords), plan.tile, plan.members, x.shape[-1], coords)
+        return _update(x, self._to_region(tile, plan.tile).reshape(sizes), index)
 
-    def add_box(self, buffer: Array, coords: Array, box: Array) -> Array:
-        """Add to the step's box of a key buffer."""
-        sizes = (*self.plan.chunk, *self.plan.box, buffer.shape[-1])
-        index = self._box_index(coords)
-        return lax.dynamic_update_slice(buffer, lax.dynamic_slice(buffer, index, sizes) + box.reshape(sizes), index)
+    def add_box(self, x: Array, coords: Array, box: Array) -> Array:
+        """Add ``[g, b, h, keys, C]`` to the step's box of a split array."""
+        index, sizes, _ = self._region(self._box_rows(coords), self.plan.box, 1, x.shape[-1], coords)
+        return _update(x, _slice(x, index, sizes) + self._to_region(box, self.plan.box).reshape(sizes), index)
+
+    def _shape(self, rows: Sequence[int], members: int, channels: int) -> tuple[int, ...]:
+        plan = self.plan
+        spatial = [n for row, a in zip(rows, plan.axes, strict=True) for n in (row, a.dilation)[: 1 + (a.dilation > 1)]]
+        return (plan.batch, *spatial, plan.kv_heads, *[members][: members > 1], channels)
+
+    def _tile_rows(self, coords: Array) -> list[Array]:
+        return [coords[3 + i] * a.tile for i, a in enumerate(self.plan.axes)]
+
+    def _box_rows(self, coords: Array) -> list[Array]:
+        return [_row(g.box_start, coords[0], coords[3 + i]) for i, g in enumerate(self.axes)]
+
+    def _region(
+        self, rows: list[Array], shape: Sequence[int], members: int, channels: int, coords: Array
+    ) -> tuple[list[Array | int], list[int], list[int]]:
+        """Index and sizes of the step's region of a split array; sizes with the dimensions that were left out."""
+        plan = self.plan
+        index: list[Array | int] = [coords[1]]
+        sizes, full = [plan.chunk[1]], [plan.chunk[1]]
+        for i, (row, size, groups) in enumerate(zip(rows, shape, plan.step_groups, strict=True)):
+            kept = 1 + (plan.axes[i].dilation > 1)
+            index += [row, coords[3 + plan.rank + i]][:kept]
+            sizes += [size, groups][:kept]
+            full += [size, groups]
+        index += [coords[2], *[0][: members > 1], 0]
+        sizes += [plan.chunk[2], *[members][: members > 1], channels]
+        return index, sizes, [*full, plan.chunk[2], members, channels]
+
+    def _to_region(self, x: Array, shape: Sequence[int]) -> Array:
+        """Undoes the transposition of :meth:`tile`: from ``[g, b, h, (members,) positions, C]``."""
+        rank, plan = self.plan.rank, self.plan
+        x = x.reshape(*plan.step_groups, plan.chunk[1], plan.chunk[2], -1, *shape, x.shape[-1])
+        spatial = (n for i in range(rank) for n in (rank + 3 + i, i))
+        return x.transpose(rank, *spatial, rank + 1, rank + 2, x.ndim - 1)
+
+    # --- key arrays: [*B, *Sk, Hkv, C] as [groups, batch, kv_heads, *rows, C]
+
+    def keys(self, x: Array) -> Array:
+        """``[*B, *Sk, Hkv, C]`` with heads and dilation groups in front, padded with zeros."""
+        plan, rank = self.plan, self.plan.rank
+        x = x.reshape(plan.batch, *(a.key_tokens for a in plan.axes), *x.shape[-2:])
+        x = _embed(x, [a.num_keys * a.dilation for a in plan.axes], [g.key_shift for g in self.axes], 0.0)
+        x = x.reshape(plan.batch, *(n for a in plan.axes for n in (a.num_keys, a.dilation)), *x.shape[-2:])
+        rows, groups = range(1, 1 + 2 * rank, 2), range(2, 2 + 2 * rank, 2)
+        x = x.transpose(*groups, 0, 1 + 2 * rank, *rows, 2 + 2 * rank)
+        return x.reshape(plan.groups, *x.shape[rank:])
+
+    def box(self, x: Array, coords: Array) -> Array:
+        """The step's box of an array made by :meth:`keys`: ``[g, b, h, keys, C]``."""
+        plan = self.plan
+        index = (coords[0] * plan.chunk[0], coords[1], coords[2], *self._box_rows(coords), 0)
+        return _slice(x, index, (*plan.chunk, *plan.box, x.shape[-1])).reshape(*plan.chunk, -1, x.shape[-1])
 
     # --- pairs of a query and a key
 
-    def mask(self, coords: Array) -> Array:
-        """Which keys of the box each query of the tile sees: ``[g, 1, 1, 1, queries, keys]``."""
-        plan, rank = self.plan, self.plan.rank
+    def mask(self, coords: Array, transposed: bool = False) -> Array:
+        """Which keys of the box each query sees: ``[g, 1, 1, 1, queries, keys]``, or ``[g, 1, 1, keys, 1, queries]``."""
+        queries, keys = np.indices(self.plan.tile), np.indices(self.plan.box, np.int32)
         result: Any = None
-        for i, (a, geometry) in enumerate(zip(plan.axes, self.axes, strict=True)):
-            begin, end = (jnp.asarray(e)[coords[0], coords[3 + i]][:, :, None] for e in (geometry.begin, geometry.end))
-            key = jnp.arange(a.box, dtype=begin.dtype)
-            seen = (key >= begin) & (key < end)
-            shape = [1] * (2 * rank)
-            shape[i], shape[rank + i] = a.tile, a.box
-            seen = seen.reshape(-1, *shape)
+        # PERF: flat [queries, keys] comparisons become vector code; a product of masks per axis costs ten times as much.
+        for i, geometry in enumerate(self.axes):
+            begin, end = (_row(e, coords[0], coords[3 + i])[:, queries[i].ravel()] for e in (geometry.begin, geometry.end))
+            key = keys[i].ravel()[None, :, None] if transposed else keys[i].ravel()
+            begin, count = (x[:, None] if transposed else x[..., None] for x in (begin, jnp.maximum(end - begin, 0)))
+            # One comparison: what lies before the first key wraps around to a large number.
+            seen = (key - begin).astype(jnp.uint32) < count.astype(jnp.uint32)
             result = seen if result is None else result & seen
-        return result.reshape(-1, 1, 1, 1, math.prod(plan.tile), math.prod(plan.box))
+        return result[:, None, None, :, None] if transposed else result[:, None, None, None]
 
     # --- relative bias
 
@@ -369,24 +417,37 @@ class Tiles:
     def bias(self, bias: Array, coords: Array) -> Array:
         """Bias of the step's pairs: ``[1, 1, h, members, queries, keys]``, entry key - query + window - 1 per axis."""
         plan, rank = self.plan, self.plan.rank
-        batch = coords[1] * plan.chunk[1] * plan.bias_batch // plan.batch
-        index, sizes = [batch, coords[2] * plan.chunk[2], 0], [1, plan.chunk[2], plan.members]
+        batch = coords[1] * plan.bias_batch // plan.batch
+        index, sizes = [batch, coords[2], 0], [1, plan.chunk[2], plan.members]
         for i, (a, geometry) in enumerate(zip(plan.axes, self.axes, strict=True)):
             ahead = (
                 jnp.asarray(geometry.box_start)[coords[0], coords[3 + i]] - jnp.asarray(geometry.first_query)[coords[3 + i]]
             )
             index.append(ahead + a.box + a.window - 1)
             sizes.append(a.box + a.tile - 1)
-        x = lax.dynamic_slice(bias, int32(index), sizes)
+        x = _slice(bias, index, sizes)
         for a in plan.axes:  # each turns the first remaining axis into a last pair (query, key)
             x = _toeplitz(jnp.moveaxis(x, 3, -1), a.tile)
         pairs = x.transpose(0, 1, 2, *range(3, 3 + 2 * rank, 2), *range(4, 4 + 2 * rank, 2))
         return pairs.reshape(1, *pairs.shape[:3], math.prod(plan.tile), math.prod(plan.box))
 
 
+def _row(table: Array, *index: Array) -> Array:
+    """``table[index]`` for an index that is in range."""
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 def int32(index: Sequence[Array]) -> list[Array]:
     """Index arguments of one dtype: in x64 mode a Python integer beside them would be int64."""
     return [jnp.asarray(i, jnp.int32) for i in index]
+
+
+def _slice(x: Array, index: Sequence[Array], sizes: Sequence[int]) -> Array:
+    return lax.dynamic_slice(x, int32(index), sizes, allow_negative_indices=False)
+
+
+def _update(x: Array, update: Array, index: Sequence[Array]) -> Array:
+    return lax.dynamic_update_slice(x, update, int32(index), allow_negative_indices=False)
 
 
 def _embed(x: Array, lengths: Sequence[int], shifts: Sequence[Array], fill: float) -> Array:
@@ -397,13 +458,13 @@ def _embed(x: Array, lengths: Sequence[int], shifts: Sequence[Array], fill: floa
         pads = [(0, 0), *pads, *[(0, 0)] * (x.ndim - 1 - rank)]
         return x if not any(map(any, pads)) else jnp.pad(x, pads, constant_values=fill)
     buffer = jnp.full((x.shape[0], *lengths, *x.shape[1 + rank :]), fill, x.dtype)
-    return lax.dynamic_update_slice(buffer, x, int32((0, *shifts, *[0] * (x.ndim - 1 - rank))))
+    return _update(buffer, x, (0, *shifts, *[0] * (x.ndim - 1 - rank)))
 
 
 def _extract(x: Array, lengths: Sequence[int], shifts: Sequence[Array]) -> Array:
     rank = len(lengths)
-    index = int32((0, *shifts, *[0] * (x.ndim - 1 - rank)))
-    return lax.dynamic_slice(x, index, (x.shape[0], *lengths, *x.shape[1 + rank :]))
+    index = (0, *shifts, *[0] * (x.ndim - 1 - rank))
+    return _slice(x, index, (x.shape[0], *lengths, *x.shape[1 + rank :]))
 
 
 def _toeplitz(x: Array, rows: int) -> Array:
@@ -422,6 +483,6 @@ def make_tiles(spec: Spec, inputs: Inputs, halo: Array) -> Tiles:
     return Tiles(plan, tuple(axis_geometry(plan, axis, halo, spec.sharded) for axis in range(spec.rank)))
 
 
-def loop(tiles: Tiles, step: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """``step(carry, coords, *xs) -> (carry, ys)`` over all steps."""
-    return lax.scan(lambda carry, x: step(carry, *x), carry, (jnp.asarray(tiles.plan.steps), *xs))
+def loop(tiles: Tiles, step: Callable[[Any, Array], Any], carry: Any) -> Any:
+    """``carry = step(carry, coords)`` over all steps."""
+    return lax.scan(lambda carry, coords: (step(carry, coords), None), carry, jnp.asarray(tiles.plan.steps))[0]

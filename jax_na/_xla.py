@@ -1,9 +1,9 @@
 """The XLA implementation: runs on every platform JAX has. Blocked over query tiles, softmax in float32.
 
 Each step of a loop takes one tile of queries and the box of keys that holds their windows (``_tiles.py``) through two dense
-products; the backward pass recomputes the probabilities from lse. Nothing of size ``tokens x tokens`` or ``tokens x
-window`` exists. Plain ``jax.numpy`` and ``jax.lax``, so it is differentiable again: second derivatives go through
-:func:`backward` and :func:`tangent`.
+products; the backward pass recomputes the probabilities from lse. Nothing of size ``tokens x tokens`` or
+``tokens x window`` exists. Plain ``jax.numpy`` and ``jax.lax``, so it is differentiable again: second derivatives go
+through :func:`backward` and :func:`tangent`.
 
 A box holds keys that some of its queries do not see. Their probability is zero, but zero times NaN is NaN; so products with
 probabilities run over operands whose non-finite entries are replaced by zero (:func:`_clean`), and a non-finite token
@@ -17,17 +17,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jax_na._spec import Inputs, Spec, accumulation_dtype
 from jax_na._tiles import Tiles, int32, loop, make_tiles
 
 Array = Any
+State = dict[str, Array]
 
 # Shapes in the steps: g, b, h dilation groups, batch entries and key/value heads of the step; r query heads per key/value
 # head; t queries of the tile; k keys of the box; m additional keys.
 _SCORES = "gbhrtd,gbhkd->gbhrtk"
 _VALUES = "gbhrtk,gbhkd->gbhrtd"
-_KEY_SUMS = "gbhrtk,gbhrtd->gbhkd"
+# PERF: of the products of the backward pass only one has to transpose an operand if scores are laid out [keys, queries].
+_SCORES_T = "gbhkd,gbhrtd->gbhkrt"
+_VALUES_T = "gbhkd,gbhkrt->gbhdrt"
+_KEY_SUMS_T = "gbhkrt,gbhrtd->gbhkd"
 _EXTRA_SCORES = "gbhrtd,bhmd->gbhrtm"
 _EXTRA_VALUES = "gbhrtm,bhmd->gbhrtd"
 _EXTRA_SUMS = "gbhrtm,gbhrtd->bhmd"
@@ -39,48 +44,52 @@ def _clean(x: Array) -> Array:
 
 def _poison(x: Array) -> Array:
     """NaN where a row of ``x`` (its last axis) holds anything that is not finite, else zero."""
-    return jnp.where(jnp.isfinite(x).all(-1, keepdims=True), jnp.zeros((), x.dtype), jnp.nan)
-
-
-def _has_extra(inputs: Inputs) -> bool:
-    return inputs.extra_key is not None and inputs.extra_key.shape[-3] > 0
+    worst = jnp.max(jnp.abs(lax.stop_gradient(x)), -1, keepdims=True)
+    return jnp.where(jnp.isfinite(worst), jnp.zeros((), x.dtype), jnp.nan)
 
 
 class _Call:
-    """What forward, backward and tangent share: the operands in tile layout and the scores of a step."""
+    """What forward, backward and tangent share: the geometry, the operands split for the steps, products and parts of them."""
 
     def __init__(self, spec: Spec, inputs: Inputs, halo: Array) -> None:
         self.spec = spec
-        self.inputs = inputs
         self.acc = accumulation_dtype(inputs.query.dtype)
         self.tiles: Tiles = make_tiles(spec, inputs, halo)
         self.lead = spec.lead(inputs.query)
-        self.extra = _has_extra(inputs)
+        self.has_extra = inputs.extra_key is not None and inputs.extra_key.shape[-3] > 0
+        self.operands = [x for x in inputs if x is not None] + ([halo] if spec.sharded else [])
+        self.bias: Any = None if inputs.bias is None else self.tiles.split_bias(inputs.bias.astype(self.acc))
+        self.extra_key, self.extra_value = self.extra(inputs)  # both None where there are no additional keys
+
+    def extra(self, inputs: Inputs) -> list[Any]:
+        """Additional tokens ``[*B, M, Hkv, C]`` as ``[B, Hkv, M, C]``."""
+        extras: tuple[Any, Any] = (inputs.extra_key, inputs.extra_value)
+        return [x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2) if self.has_extra else None for x in extras]
 
     def dot(self, subscripts: str, a: Array, b: Array) -> Array:
         return jnp.einsum(subscripts, a, b, precision=self.spec.precision, preferred_element_type=self.acc)
 
-    def heads_first(self, extra: Array) -> Array:
-        """Additional tokens ``[*B, M, Hkv, C]`` to ``[B, Hkv, M, C]``."""
-        return extra.reshape(-1, *extra.shape[-3:]).swapaxes(1, 2)
+    def tile(self, x: Array, coords: Array) -> Array:
+        return self.tiles.tile(x, coords).astype(self.acc)
 
-    def box(self, buffer: Array, coords: Array) -> Array:
-        return self.tiles.box(buffer, coords).astype(self.acc)
+    def box(self, x: Array, coords: Array) -> Array:
+        return self.tiles.box(x, coords).astype(self.acc)
 
-    def extra_chunk(self, extra: Array, coords: Array) -> Array:
+    def _extra_region(self, coords: Array) -> list[Array]:
+        return int32((coords[1], coords[2], 0, 0))
+
+    def extra_chunk(self, x: Array, coords: Array) -> Array:
         """The step's batch entries and heads of ``[B, Hkv, M, C]``."""
-        _, b, h = self.tiles.plan.chunk
-        index = int32((coords[1] * b, coords[2] * h, 0, 0))
-        return jax.lax.dynamic_slice(extra, index, (b, h, *extra.shape[2:])).astype(self.acc)
+        return lax.dynamic_slice(x, self._extra_region(coords), (*self.tiles.plan.chunk[1:], *x.shape[2:])).astype(self.acc)
 
-    def add_extra(self, buffer: Array, coords: Array, update: Array) -> Array:
-        _, b, h = self.tiles.plan.chunk
-        index = int32((coords[1] * b, coords[2] * h, 0, 0))
-        return jax.lax.dynamic_update_slice(buffer, jax.lax.dynamic_slice(buffer, index, update.shape) + update, index)
+    def add_extra(self, x: Array, coords: Array, update: Array) -> Array:
+        index = self._extra_region(coords)
+        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, index, update.shape) + update, index)
 
-    def zeros_like(self, x: Array) -> Array:
-        """An accumulator of the shape of ``x`` (that varies over the same manual mesh axes)."""
-        return jnp.zeros_like(x, self.acc)
+    def zeros(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
+        """Something to accumulate in, that varies over the same manual mesh axes as the operands."""
+        dtype = self.acc if dtype is None else dtype
+        return jnp.zeros(shape, dtype) + sum(jnp.zeros_like(x, dtype, shape=()) for x in self.operands)
 
 
 def _symbolic_axis(spec: Spec, inputs: Inputs) -> int | None:
@@ -105,33 +114,38 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype), jnp.zeros(query.shape[:-1], acc)
     call = _Call(spec, inputs, halo)
     tiles = call.tiles
-    keys, values = tiles.split_keys(key + _poison(value)), tiles.split_keys(_clean(value))
-    bias = None if inputs.bias is None else tiles.split_bias(inputs.bias.astype(acc))
-    extra_key, extra_value = (call.heads_first(x) if call.extra else None for x in (inputs.extra_key, inputs.extra_value))
+    queries, keys, values = tiles.queries(query), tiles.keys(key + _poison(value)), tiles.keys(_clean(value))
 
-    def step(carry: None, coords: Array, q: Array) -> tuple[None, tuple[Array, Array]]:
-        q = q.astype(acc) * spec.scale
+    def step(state: State, coords: Array) -> State:
+        q = call.tile(queries, coords) * spec.scale
         scores = call.dot(_SCORES, q, call.box(keys, coords))
-        if bias is not None:
-            scores = scores + tiles.bias(bias, coords)
+        if call.bias is not None:
+            scores = scores + tiles.bias(call.bias, coords)
         scores = jnp.where(tiles.mask(coords), scores, -jnp.inf)
         row_max = jnp.max(scores, -1, keepdims=True)
-        if call.extra:
-            extra_scores = call.dot(_EXTRA_SCORES, q, call.extra_chunk(extra_key, coords))
+        if call.has_extra:
+            extra_scores = call.dot(_EXTRA_SCORES, q, call.extra_chunk(call.extra_key, coords))
             row_max = jnp.maximum(row_max, jnp.max(extra_scores, -1, keepdims=True))
-        row_max = jax.lax.stop_gradient(jnp.where(jnp.isfinite(row_max), row_max, 0))
+        row_max = lax.stop_gradient(jnp.where(jnp.isfinite(row_max), row_max, 0))
         weights = jnp.exp(scores - row_max)
         row_sum = jnp.sum(weights, -1, keepdims=True)
         out = call.dot(_VALUES, weights, call.box(values, coords))
-        if call.extra:
+        if call.has_extra:
             weights = jnp.exp(extra_scores - row_max)
             row_sum = row_sum + jnp.sum(weights, -1, keepdims=True)
-            out = out + call.dot(_EXTRA_VALUES, weights, call.extra_chunk(extra_value, coords))
-        out = out / jnp.where(row_sum == 0, 1, row_sum)
-        return carry, (out.astype(query.dtype), row_max + jnp.log(row_sum))
+            out = out + call.dot(_EXTRA_VALUES, weights, call.extra_chunk(call.extra_value, coords))
+        out = (out / jnp.where(row_sum == 0, 1, row_sum)).astype(query.dtype)
+        return {
+            "out": tiles.put_tile(state["out"], coords, out),
+            "lse": tiles.put_tile(state["lse"], coords, row_max + jnp.log(row_sum)),
+        }
 
-    out, lse = loop(tiles, step, None, (tiles.split_queries(query),))[1]
-    return tiles.join_queries(out, call.lead), tiles.join_queries(lse, call.lead)[..., 0]
+    state = {
+        "out": call.zeros(tiles.queries_shape(value.shape[-1]), query.dtype),
+        "lse": call.zeros(tiles.queries_shape(1)),
+    }
+    state = loop(tiles, step, state)
+    return tiles.join_queries(state["out"], call.lead), tiles.join_queries(state["lse"], call.lead)[..., 0]
 
 
 def backward(
@@ -154,69 +168,71 @@ def backward(
     if query.size == 0:
         return jax.tree.map(jnp.zeros_like, inputs)
     call = _Call(spec, inputs, halo)
+    call.operands += [out, lse, grad_out]
     tiles = call.tiles
-    keys, values = tiles.split_keys(key + _poison(value)), tiles.split_keys(_clean(value))
-    bias = None if inputs.bias is None else tiles.split_bias(inputs.bias.astype(acc))
-    extra_key, extra_value = (call.heads_first(x) if call.extra else None for x in (inputs.extra_key, inputs.extra_value))
+    queries, keys, values = tiles.queries(query), tiles.keys(key + _poison(value)), tiles.keys(_clean(value))
 
     # ds = p * (dp - delta): the gradient of lse enters as delta does. A query that sees nothing has lse = -inf.
-    delta = jnp.sum(grad_out.astype(acc) * out.astype(acc), -1, keepdims=True)
+    # PERF: XLA's sum of a product takes forty times as long as this dot on a CPU.
+    delta = jnp.einsum("...d,...d->...", grad_out, out, precision=spec.precision, preferred_element_type=acc)[..., None]
     row_lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None] + _poison(delta)
     if grad_lse is not None:
         delta = delta - grad_lse[..., None]
-    carry = {"key": call.zeros_like(keys), "value": call.zeros_like(values)}
-    if bias is not None:
-        carry["bias"] = call.zeros_like(bias)
-    if call.extra:
-        carry |= {"extra_key": call.zeros_like(extra_key), "extra_value": call.zeros_like(extra_value)}
+        call.operands.append(grad_lse)
+    lses, deltas, grads = tiles.queries(row_lse, math.inf), tiles.queries(delta), tiles.queries(grad_out)
 
-    def step(
-        carry: dict[str, Array], coords: Array, q: Array, d_out: Array, lse: Array, delta: Array
-    ) -> tuple[dict[str, Array], Array]:
-        carry = dict(carry)
-        q, d_out = q.astype(acc) * spec.scale, _clean(d_out.astype(acc))
-        q_clean = _clean(q)
+    state = {
+        "query": call.zeros(queries.shape, query.dtype),
+        "key": call.zeros(tiles.keys_shape(key.shape[-1])),
+        "value": call.zeros(tiles.keys_shape(value.shape[-1])),
+    }
+    if call.bias is not None:
+        state["bias"] = call.zeros(call.bias.shape)
+    if call.has_extra:
+        state |= {"extra_key": call.zeros(call.extra_key.shape), "extra_value": call.zeros(call.extra_value.shape)}
+
+    def step(state: State, coords: Array) -> State:
+        state = dict(state)
+        q, d_out = call.tile(queries, coords) * spec.scale, _clean(call.tile(grads, coords))
+        lse, delta = call.tile(lses, coords), call.tile(deltas, coords)
         k = call.box(keys, coords)
-        scores = call.dot(_SCORES, q, k)
-        if bias is not None:
-            pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), bias)
-            scores = scores + pairs
-        mask = tiles.mask(coords)
-        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, -jnp.inf) - lse), 0)
-        d_weights = call.dot(_SCORES, d_out, call.box(values, coords))
-        d_scores = jnp.where(mask, weights * (d_weights - delta), 0)
-        d_query = call.dot(_VALUES, d_scores, _clean(k))
-        carry["key"] = tiles.add_box(carry["key"], coords, call.dot(_KEY_SUMS, d_scores, q_clean))
-        carry["value"] = tiles.add_box(carry["value"], coords, call.dot(_KEY_SUMS, weights, d_out))
-        if bias is not None:
-            carry["bias"] = carry["bias"] + bias_vjp(jnp.sum(d_scores, (0, 1), keepdims=True))[0]
-        if call.extra:
-            k, v = call.extra_chunk(extra_key, coords), call.extra_chunk(extra_value, coords)
+        scores = call.dot(_SCORES_T, k, q)
+        if call.bias is not None:
+            pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), call.bias)
+            scores = scores + jnp.moveaxis(pairs, -1, 3)
+        mask = tiles.mask(coords, transposed=True)
+        row_lse, row_delta = (x[..., 0][:, :, :, None] for x in (lse, delta))
+        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, -jnp.inf) - row_lse), 0)
+        d_weights = call.dot(_SCORES_T, call.box(values, coords), d_out)
+        d_scores = jnp.where(mask, weights * (d_weights - row_delta), 0)
+        d_query = jnp.moveaxis(call.dot(_VALUES_T, _clean(k), d_scores), 3, -1)
+        state["key"] = tiles.add_box(state["key"], coords, call.dot(_KEY_SUMS_T, d_scores, _clean(q)))
+        state["value"] = tiles.add_box(state["value"], coords, call.dot(_KEY_SUMS_T, weights, d_out))
+        if call.bias is not None:
+            d_pairs = jnp.moveaxis(jnp.sum(d_scores, (0, 1), keepdims=True), 3, -1)
+            state["bias"] = state["bias"] + bias_vjp(d_pairs)[0]
+        if call.has_extra:
+            k, v = (call.extra_chunk(x, coords) for x in (call.extra_key, call.extra_value))
             weights = jnp.exp(call.dot(_EXTRA_SCORES, q, k) - lse)
             d_scores = weights * (call.dot(_EXTRA_SCORES, d_out, v) - delta)
             d_query = d_query + call.dot(_EXTRA_VALUES, d_scores, k)
-            carry["extra_key"] = call.add_extra(carry["extra_key"], coords, call.dot(_EXTRA_SUMS, d_scores, q))
-            carry["extra_value"] = call.add_extra(carry["extra_value"], coords, call.dot(_EXTRA_SUMS, weights, d_out))
-        return carry, (d_query * spec.scale).astype(query.dtype)
+            state["extra_key"] = call.add_extra(state["extra_key"], coords, call.dot(_EXTRA_SUMS, d_scores, q))
+            state["extra_value"] = call.add_extra(state["extra_value"], coords, call.dot(_EXTRA_SUMS, weights, d_out))
+        state["query"] = tiles.put_tile(state["query"], coords, (d_query * spec.scale).astype(query.dtype))
+        return state
 
-    xs = (
-        tiles.split_queries(query),
-        tiles.split_queries(grad_out),
-        tiles.split_queries(row_lse, math.inf),
-        tiles.split_queries(delta),
-    )
-    sums, d_query = loop(tiles, step, carry, xs)
+    state = loop(tiles, step, state)
 
     def extra_grad(name: str, like: Array | None) -> Array | None:
-        if like is None or not call.extra:
+        if like is None or not call.has_extra:
             return None if like is None else jnp.zeros_like(like)
-        return sums[name].swapaxes(1, 2).reshape(like.shape).astype(like.dtype)
+        return state[name].swapaxes(1, 2).reshape(like.shape).astype(like.dtype)
 
     return Inputs(
-        tiles.join_queries(d_query, call.lead),
-        tiles.join_keys(sums["key"].astype(key.dtype), call.lead),
-        tiles.join_keys(sums["value"].astype(value.dtype), call.lead),
-        None if inputs.bias is None else tiles.join_bias(sums["bias"], inputs.bias.shape).astype(inputs.bias.dtype),
+        tiles.join_queries(state["query"], call.lead),
+        tiles.join_keys(state["key"], call.lead).astype(key.dtype),
+        tiles.join_keys(state["value"], call.lead).astype(value.dtype),
+        None if inputs.bias is None else tiles.join_bias(state["bias"], inputs.bias.shape).astype(inputs.bias.dtype),
         extra_grad("extra_key", inputs.extra_key),
         extra_grad("extra_value", inputs.extra_value),
     )
@@ -233,46 +249,38 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     if query.size == 0:
         return jnp.zeros_like(out), jnp.zeros_like(lse)
     call = _Call(spec, inputs, halo)
+    call.operands += [*(x for x in tangents if x is not None), out, lse]
     tiles = call.tiles
-    keys, values = tiles.split_keys(key + _poison(value)), tiles.split_keys(_clean(value))
-    t_keys, t_values = (
-        tiles.split_keys(tangents.key + _poison(tangents.value)),
-        tiles.split_keys(_clean(tangents.value)),
-    )
-    bias, t_bias = (None if x is None else tiles.split_bias(x.astype(acc)) for x in (inputs.bias, tangents.bias))
-    extra = [
-        call.heads_first(x) if call.extra else None
-        for x in (inputs.extra_key, inputs.extra_value, tangents.extra_key, tangents.extra_value)
-    ]
+    queries, keys, values = tiles.queries(query), tiles.keys(key + _poison(value)), tiles.keys(_clean(value))
+    t_queries, t_values = tiles.queries(tangents.query), tiles.keys(_clean(tangents.value))
+    t_keys = tiles.keys(tangents.key + _poison(tangents.value))
+    outs, lses = tiles.queries(out), tiles.queries(jnp.where(lse == -jnp.inf, 0, lse)[..., None], math.inf)
+    t_bias = None if tangents.bias is None else tiles.split_bias(tangents.bias.astype(acc))
+    extra = [call.extra_key, call.extra_value, *call.extra(tangents)]
 
-    def step(carry: None, coords: Array, q: Array, t_q: Array, out: Array, lse: Array) -> tuple[None, tuple[Array, Array]]:
-        q, t_q = q.astype(acc) * spec.scale, t_q.astype(acc) * spec.scale
+    def step(state: State, coords: Array) -> State:
+        q, t_q = call.tile(queries, coords) * spec.scale, call.tile(t_queries, coords) * spec.scale
+        lse = call.tile(lses, coords)
         k, t_k = call.box(keys, coords), call.box(t_keys, coords)
         scores = call.dot(_SCORES, q, k)
         t_scores = call.dot(_SCORES, t_q, k) + call.dot(_SCORES, q, t_k)
-        if bias is not None:
-            scores, t_scores = scores + tiles.bias(bias, coords), t_scores + tiles.bias(t_bias, coords)
+        if call.bias is not None:
+            scores, t_scores = scores + tiles.bias(call.bias, coords), t_scores + tiles.bias(t_bias, coords)
         mask = tiles.mask(coords)
         weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, -jnp.inf) - lse), 0)
         t_weights = jnp.where(mask, weights * t_scores, 0)
         t_lse = jnp.sum(t_weights, -1, keepdims=True)
         t_out = call.dot(_VALUES, t_weights, call.box(values, coords))
         t_out = t_out + call.dot(_VALUES, weights, call.box(t_values, coords))
-        if call.extra:
+        if call.has_extra:
             k, v, t_k, t_v = (call.extra_chunk(x, coords) for x in extra)
             weights = jnp.exp(call.dot(_EXTRA_SCORES, q, k) - lse)
             t_weights = weights * (call.dot(_EXTRA_SCORES, t_q, k) + call.dot(_EXTRA_SCORES, q, t_k))
             t_lse = t_lse + jnp.sum(t_weights, -1, keepdims=True)
             t_out = t_out + call.dot(_EXTRA_VALUES, t_weights, v) + call.dot(_EXTRA_VALUES, weights, t_v)
-        t_out = t_out - t_lse * out.astype(acc)
-        return carry, (t_out.astype(query.dtype), t_lse)
+        t_out = (t_out - t_lse * call.tile(outs, coords)).astype(query.dtype)
+        return {"out": tiles.put_tile(state["out"], coords, t_out), "lse": tiles.put_tile(state["lse"], coords, t_lse)}
 
-    row_lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
-    xs = (
-        tiles.split_queries(query),
-        tiles.split_queries(tangents.query),
-        tiles.split_queries(out),
-        tiles.split_queries(row_lse, math.inf),
-    )
-    t_out, t_lse = loop(tiles, step, None, xs)[1]
-    return tiles.join_queries(t_out, call.lead), tiles.join_queries(t_lse, call.lead)[..., 0]
+    state = {"out": call.zeros(outs.shape, query.dtype), "lse": call.zeros(lses.shape)}
+    state = loop(tiles, step, state)
+    return tiles.join_queries(state["out"], call.lead), tiles.join_queries(state["lse"], call.lead)[..., 0]

@@ -1,0 +1,143 @@
+"""XLA implementation on a CPU beside what users have without it: ``python -m benchmarks.cpu [--rows nat,2d,...]``.
+
+Prints, per problem and implementation, milliseconds forward and forward + backward (median), and the memory the compiled
+program needs besides its arguments (XLA's memory analysis: temporaries and outputs); ratios are those of the baseline
+over ours, of the same run. Every implementation runs in its own process. Dense masked attention is left out where its
+scores alone exceed ``--limit`` GiB; where a baseline needs more than that, it is timed on fewer tokens and both times are
+those of the smaller problem, while its memory is that of the whole one, from the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jax_na
+from benchmarks import baselines
+
+Array = Any
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """``smaller`` is the first spatial axis on which baselines too big for this machine are timed."""
+
+    shape: tuple[int, ...]
+    window: tuple[int, ...]
+    smaller: int
+
+
+ROWS = {
+    "nat": Row((2, 56, 56, 4, 32), (7, 7), 56),
+    "2d": Row((1, 128, 128, 4, 64), (13, 13), 64),
+    "3d": Row((1, 16, 32, 32, 4, 64), (5, 7, 7), 8),
+    "1d": Row((1, 16384, 8, 64), (255,), 2048),
+}
+
+
+def ours(query: Array, key: Array, value: Array, window: tuple[int, ...]) -> Array:
+    return jax_na.neighborhood_attention(query, key, value, window, implementation="xla")
+
+
+FUNCTIONS = {"ours": ours, "gather": baselines.gather_attention, "dense": baselines.dense_attention}
+
+
+def programs(implementation: str, shape: tuple[int, ...], window: tuple[int, ...]) -> tuple[Any, Any]:
+    """Compiled forward and forward + backward (value and gradients for a full-size cotangent)."""
+    function = FUNCTIONS[implementation]
+    array = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def both(q: Array, k: Array, v: Array, g: Array) -> Any:
+        out, vjp = jax.vjp(lambda *x: function(*x, window), q, k, v)
+        return out, vjp(g)
+
+    forward = jax.jit(lambda q, k, v: function(q, k, v, window))
+    return forward.lower(array, array, array).compile(), jax.jit(both).lower(array, array, array, array).compile()
+
+
+def memory(program: Any) -> int:
+    analysis = program.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+def milliseconds(program: Any, arguments: list[Array], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def measure(implementation: str, row: Row, first: int, repeats: int) -> dict[str, float]:
+    """Times on ``first`` of the tokens of the first axis, memory of the whole problem."""
+    shape = (row.shape[0], first, *row.shape[2:])
+    whole = programs(implementation, row.shape, row.window)
+    timed = whole if shape == row.shape else programs(implementation, shape, row.window)
+    arrays = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)]
+    return {
+        "fwd": milliseconds(timed[0], arrays[:3], repeats),
+        "fwd+bwd": milliseconds(timed[1], arrays, repeats),
+        "fwd MiB": memory(whole[0]) / 2**20,
+        "fwd+bwd MiB": memory(whole[1]) / 2**20,
+    }
+
+
+def in_process(implementation: str, name: str, first: int, repeats: int) -> dict[str, float]:
+    """:func:`measure` in a process of its own: no allocator, thread pool or cache is shared."""
+    command = [sys.executable, "-m", "benchmarks.cpu", "--one", implementation, name, str(first), str(repeats)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def dense_bytes(row: Row) -> int:
+    tokens = 1
+    for n in row.shape[1:-2]:
+        tokens *= n
+    return 4 * row.shape[0] * row.shape[-2] * tokens**2
+
+
+def report(name: str, limit: float) -> None:
+    row = ROWS[name]
+    print(f"{name}: {list(row.shape)}, window {'x'.join(map(str, row.window))}, float32", flush=True)
+    gather_bytes = memory(programs("gather", row.shape, row.window)[1])
+    first = row.shape[1] if gather_bytes < limit * GIB else row.smaller
+    base = in_process("ours", name, first, 5)
+    results = {"ours": base, "gather": in_process("gather", name, first, 2)}
+    if 3 * dense_bytes(row) < limit * GIB:
+        results["dense"] = in_process("dense", name, first, 2)
+    for implementation, result in results.items():
+        cells = (f"{k} {v:9.1f} ({v / base[k]:5.1f}x)" for k, v in result.items())
+        print(f"  {implementation:7s} " + "  ".join(cells), flush=True)
+    if first != row.shape[1]:
+        again = in_process("ours", name, row.shape[1], 5)
+        print(f"  times of the first {first} of {row.shape[1]}; all of them, ours: fwd {again['fwd']:.1f}, ", end="")
+        print(f"fwd+bwd {again['fwd+bwd']:.1f} ms", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated, of {', '.join(ROWS)}")
+    parser.add_argument("--limit", type=float, default=6.0, help="GiB that a baseline may need")
+    parser.add_argument("--one", nargs=4, metavar=("IMPLEMENTATION", "ROW", "FIRST", "REPEATS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if arguments.one:
+        implementation, name, first, repeats = arguments.one
+        print(json.dumps(measure(implementation, ROWS[name], int(first), int(repeats))))
+        return
+    for name in arguments.rows.split(","):
+        report(name, arguments.limit)
+
+
+if __name__ == "__main__":
+    main()
