@@ -113,10 +113,13 @@ def main() -> None:
                 errors[key[0]] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     print(f"compiled {len(compiled)} programs in {time.perf_counter() - start:.0f} s", flush=True)
 
+    if not compiled:
+        raise SystemExit("nothing could be compiled")
+    initial = next(iter(trainers.values())).init()
     rows, logits = [], {}
     for (name, kind), program in compiled.items():
         try:
-            state = trainers[name].init()
+            state = jax.tree.map(jnp.copy, initial)  # the training step donates it
             if kind == "inference":
                 logits[name] = np.asarray(program(state.params, batch.images), np.float32)
                 value, spread = rate(
