@@ -1,4 +1,7 @@
-"""Small problems that reach every kernel, both passes, for compute-sanitizer: python -m benchmarks.sanitizer_cases NAME..."""
+"""Small problems that reach every kernel, both passes, for compute-sanitizer: python -m benchmarks.sanitizer_cases NAME...
+
+``--control`` instead makes one kernel read past the end of a buffer: a sanitizer that does not report it checks nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.measure import backward, forward
-from jax_na import _backends
-from jax_na.testing.cases import SHORT
+from jax_na import _backends, _primitives
+from jax_na.testing.cases import SHORT, Case
 
 
 def main(implementations: list[str]) -> None:
@@ -28,5 +32,16 @@ def main(implementations: list[str]) -> None:
     print(f"all cases ran: {ran}")
 
 
+def read_past_the_end() -> None:
+    """A halo operand that lies: the queries stand 700 tokens before the axis, so the bias is read 0.8 to 2.8 kB past its end."""
+    case = Case("control", (501,), 501, heads=1, kv_heads=1, bias=True)
+    inputs = jax.tree.map(jnp.asarray, case.inputs(jnp.float32))
+    spec = case.spec(implementation="cuda_naive", sharded=True)
+    jax.block_until_ready(_primitives.forward(spec, inputs, np.array([[-700, 0, 501]], np.int32)))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["--control"]:
+        read_past_the_end()
+    else:
+        main(sys.argv[1:])
