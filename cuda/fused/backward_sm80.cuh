@@ -55,16 +55,16 @@ __device__ __noinline__ void accumulate_bias(const Params& p, const Tile& tile, 
   const int first = chunk * kCols, last = min(first + kCols, tile.volume) - 1;
   const int first0 = first / (e1 * e2), last0 = last / (e1 * e2);
   for (int entry = threadIdx.x; entry < p.bias_entries; entry += kThreads) {
-    const int w2 = 2 * t2.window - 1, w1 = 2 * t1.window - 1;
+    const int w2 = 2 * p.axis[2].window - 1, w1 = 2 * p.axis[1].window - 1;
     // Column coordinate = row coordinate + offset.
-    const int off2 = entry % w2 - (t2.window - 1) + t2.first - t2.begin;
-    const int off1 = entry / w2 % w1 - (t1.window - 1) + t1.first - t1.begin;
-    const int off0 = entry / w2 / w1 - (t0.window - 1) + t0.first - t0.begin;
+    const int off2 = entry % w2 - (p.axis[2].window - 1) + t2.first - t2.begin;
+    const int off1 = entry / w2 % w1 - (p.axis[1].window - 1) + t1.first - t1.begin;
+    const int off0 = entry / w2 / w1 - (p.axis[0].window - 1) + t0.first - t0.begin;
     float sum = 0.f;
     for (int r0 = max(0, first0 - off0); r0 < min(t0.count, last0 + 1 - off0); ++r0) {
       for (int r1 = max(0, -off1); r1 < min(t1.count, e1 - off1); ++r1) {
         const int column = ((r0 + off0) * e1 + r1 + off1) * e2 + off2 - first;
-        const float* line = scores + (r0 * p.box[1] + r1) * p.box[2] * kCols + column;
+        const float* line = scores + (r0 * p.axis[1].box + r1) * p.axis[2].box * kCols + column;
         const int begin = max(max(0, -off2), -column), end = min(min(t2.count, e2 - off2), kCols - column);
         for (int r2 = begin; r2 < end; ++r2) sum += line[r2 * (kCols + 1)];
       }
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
     const int chunks = window_chunks + (problem.num_extra + kCols - 1) / kCols;
     const T* bias = nullptr;
     if (p.forward.bias != nullptr) {
-      const int64_t entries = int64_t(tile.axis[0].bias_step) * (2 * tile.axis[0].window - 1);
+      const int64_t entries = int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
       bias = static_cast<const T*>(p.forward.bias) +
              (tile.batch / (problem.batch / problem.bias_batch) * problem.heads + tile.head) * entries;
     }
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
     writer.restart(tile, thread, 0);
     const auto write_columns = [&](int chunk) {
       if (chunk < window_chunks) {
-        writer.template write<false>(tile, shared.columns, thread, bias != nullptr);
+        writer.template write<false>(p, tile, shared.columns, thread, bias != nullptr);
       } else {
         writer.write_extra(tile, shared.columns, thread, (chunk - window_chunks) * kCols, problem.num_extra);
       }
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
   const T* bias = nullptr;
   int64_t bias_entries = 0;
   if (p.forward.bias != nullptr && !p.extra_rows) {
-    bias_entries = int64_t(tile.axis[0].bias_step) * (2 * tile.axis[0].window - 1);
+    bias_entries = int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
     bias = static_cast<const T*>(p.forward.bias) +
            (tile.batch / (problem.batch / problem.bias_batch) * problem.heads + first_head) * bias_entries;
   }
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
       writer.restart(tile, thread, 0);
       write_at = 0;
     }
-    writer.template write<true>(tile, shared.columns, thread, bias != nullptr);
+    writer.template write<true>(p, tile, shared.columns, thread, bias != nullptr);
     ++write_at;
   };
   int load_at = chunks_per_head == 0 ? 0 : begin % chunks_per_head;

@@ -190,10 +190,27 @@ Params base_params(const Problem& problem, const ForwardBuffers& buffers) {
 }
 
 // Tiles of all batch entries, heads and dilation groups; an error where a grid cannot hold them.
-Status set_tiles(const TileChoice& tile, const Problem& problem, int32_t heads, int64_t batch, Params* p) {
+Status set_tiles(const TileChoice& tile, const Problem& problem, bool rows_are_keys, int64_t batch, Params* p) {
+  const int32_t heads = rows_are_keys ? problem.kv_heads : problem.heads;
   int64_t work = batch * heads;
   for (int a = 0; a < kMaxRank; ++a) {
-    p->box[a] = tile.box[a];
+    const Axis& from = problem.axis[a];
+    AxisParams& axis = p->axis[a];
+    axis.box = tile.box[a];
+    axis.window = from.window;
+    axis.stride = from.stride;
+    axis.dilation = from.dilation;
+    axis.causal = from.causal;
+    axis.row_len = rows_are_keys ? from.kv_len : from.q_len;
+    axis.col_len = rows_are_keys ? from.q_len : from.kv_len;
+    axis.row_tokens = axis.col_tokens = axis.bias_step = 1;
+    for (int b = a + 1; b < kMaxRank; ++b) {
+      axis.row_tokens *= rows_are_keys ? problem.axis[b].kv_len : problem.axis[b].q_len;
+      axis.col_tokens *= rows_are_keys ? problem.axis[b].q_len : problem.axis[b].kv_len;
+      axis.bias_step *= 2 * problem.axis[b].window - 1;
+    }
+    axis.group_len = from.q_len / from.dilation;
+    axis.longer_groups = from.q_len % from.dilation;
     p->box_inverse[a] = (65536 + tile.box[a] - 1) / tile.box[a];
     p->tiles[a] = FastDivisor(tile.tiles[a]);
     p->groups[a] = FastDivisor(problem.axis[a].dilation);
@@ -213,7 +230,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   const int bucket = head_dim_bucket(problem);
   const Choice choice = choose(Pass::kForward, problem, options.dtype != DType::kF32, bucket);
   Params p = base_params(problem, buffers);
-  if (Status status = set_tiles(choice.tile, problem, problem.heads, problem.batch, &p); !status.ok()) return status;
+  if (Status status = set_tiles(choice.tile, problem, false, problem.batch, &p); !status.ok()) return status;
   return cuda_status("forward", launches(options, bucket).forward(p, choice.large, options.device, stream));
 }
 
@@ -242,7 +259,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
 
   const Choice grad_query = choose(Pass::kGradQuery, problem, is_16_bit, bucket);
   if (buffers.grad_bias == nullptr) {
-    if (Status status = set_tiles(grad_query.tile, problem, problem.heads, problem.batch, &p); !status.ok()) return status;
+    if (Status status = set_tiles(grad_query.tile, problem, false, problem.batch, &p); !status.ok()) return status;
     if (Status s = cuda_status("grad_query", launch.grad_query(p, p.num_work, options.device, stream)); !s.ok()) return s;
   } else {
     // One launch per bias: a block keeps its head, and so its partial sums.
@@ -251,7 +268,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
     q.heads_first = 1;
     q.bias_partial = reinterpret_cast<float*>(base + workspace.bias_partial);
     q.bias_entries = static_cast<int32_t>(workspace.bias_entries);
-    if (Status status = set_tiles(grad_query.tile, problem, problem.heads, batch, &q); !status.ok()) return status;
+    if (Status status = set_tiles(grad_query.tile, problem, false, batch, &q); !status.ok()) return status;
     const int64_t size = workspace.bias_entries * problem.heads;
     const size_t element_bytes = is_16_bit ? 2 : 4;
     for (int64_t bias = 0; bias < problem.bias_batch; ++bias) {
@@ -266,7 +283,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   }
 
   const Choice grad_key_value = choose(Pass::kGradKeyValue, problem, is_16_bit, bucket);
-  if (Status status = set_tiles(grad_key_value.tile, problem, problem.kv_heads, problem.batch, &p); !status.ok()) {
+  if (Status status = set_tiles(grad_key_value.tile, problem, true, problem.batch, &p); !status.ok()) {
     return status;
   }
   if (Status s = cuda_status("grad_key_value", launch.grad_key_value(p, options.device, stream)); !s.ok()) return s;
@@ -280,7 +297,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
     TileChoice tile;
     tile.box[2] = rows;
     tile.tiles[2] = (problem.num_extra + rows - 1) / rows;
-    if (Status status = set_tiles(tile, problem, problem.kv_heads, problem.batch, &e); !status.ok()) return status;
+    if (Status status = set_tiles(tile, problem, true, problem.batch, &e); !status.ok()) return status;
     for (int a = 0; a < kMaxRank; ++a) e.groups[a] = FastDivisor(a == 2 ? e.splits : 1);
     const int64_t work = problem.batch * problem.kv_heads * tile.tiles[2] * e.splits;
     if (work > INT32_MAX) return Status::error("fused kernels: " + std::to_string(work) + " tiles exceed a grid");

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
   const int chunks = window_chunks + (problem.num_extra + kCols - 1) / kCols;
   const typename E::Storage* bias = nullptr;
   if (p.forward.bias != nullptr) {
-    const int64_t entries = int64_t(tile.axis[0].bias_step) * (2 * tile.axis[0].window - 1);
+    const int64_t entries = int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
     bias = static_cast<const typename E::Storage*>(p.forward.bias) +
            (tile.batch / (problem.batch / problem.bias_batch) * problem.heads + tile.head) * entries;
   }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
   writer.restart(tile, thread, 0);
   const auto write_columns = [&](int chunk) {
     if (chunk < window_chunks) {
-      writer.template write<false>(tile, shared.columns, thread, bias != nullptr);
+      writer.template write<false>(p, tile, shared.columns, thread, bias != nullptr);
     } else {
       writer.write_extra(tile, shared.columns, thread, (chunk - window_chunks) * kCols, problem.num_extra);
     }

@@ -21,7 +21,8 @@ __device__ __forceinline__ float warp_dot(const typename E::Storage* a, const ty
 
 // visit(token, bias entry) for every column of the union that the row sees.
 template <class Visit>
-__device__ __forceinline__ void for_each_seen(const Tile& tile, const Row& row, bool rows_are_keys, Visit visit) {
+__device__ __forceinline__ void for_each_seen(const Params& p, const Tile& tile, const Row& row, bool rows_are_keys,
+                                              Visit visit) {
   const uint32_t top = tile.none;
   if (row.token < 0 || row.low == top) return;
   int32_t low[kMaxRank], high[kMaxRank];
@@ -35,8 +36,8 @@ __device__ __forceinline__ void for_each_seen(const Tile& tile, const Row& row, 
   for (int c0 = low[0]; c0 <= high[0]; ++c0) {
     for (int c1 = low[1]; c1 <= high[1]; ++c1) {
       for (int c2 = low[2]; c2 <= high[2]; ++c2) {
-        const int32_t bias =
-            (c0 + t0.begin) * t0.bias_step + (c1 + t1.begin) * t1.bias_step + (c2 + t2.begin) * t2.bias_step;
+        const int32_t bias = (c0 + t0.begin) * p.axis[0].bias_step + (c1 + t1.begin) * p.axis[1].bias_step +
+                             (c2 + t2.begin) * p.axis[2].bias_step;
         visit(t0.col_token + t1.col_token + t2.col_token + c0 * t0.col_step + c1 * t1.col_step + c2 * t2.col_step,
               (rows_are_keys ? -bias : bias) - row.bias);
       }
@@ -98,7 +99,7 @@ __device__ __noinline__ void recompute_out(const Params& p, const Tile& tile, in
       if (element < problem.dim_v) out[i] = out[i] * correction + weight * E::to_float(value[element]);
     }
   };
-  for_each_seen(tile, row, false, [&](int32_t token, int32_t entry) {
+  for_each_seen(p, tile, row, false, [&](int32_t token, int32_t entry) {
     float score = p.problem.scale * warp_dot<E>(query, view.key + token * view.key_step, problem.dim);
     if (view.bias != nullptr) score += E::to_float(view.bias[entry]);
     add(score, view.value + token * view.value_step);
@@ -138,7 +139,7 @@ __device__ __noinline__ void recompute_grad_query(const Params& p, const Tile& t
       if (element < problem.dim) grad[i] += grad_score * E::to_float(key[element]);
     }
   };
-  for_each_seen(tile, row, false, [&](int32_t token, int32_t entry) {
+  for_each_seen(p, tile, row, false, [&](int32_t token, int32_t entry) {
     const T* key = view.key + token * view.key_step;
     float score = problem.scale * warp_dot<E>(query, key, problem.dim);
     if (view.bias != nullptr) score += E::to_float(view.bias[entry]);
@@ -169,7 +170,7 @@ __device__ __noinline__ void recompute_grad_key_value(const Params& p, const Til
     const HeadView<E> view(p, tile.batch, head);
     const T* key = view.key + row.token * view.key_step;
     const T* value = view.value + row.token * view.value_step;
-    for_each_seen(tile, row, true, [&](int32_t token, int32_t entry) {
+    for_each_seen(p, tile, row, true, [&](int32_t token, int32_t entry) {
       const T* query = view.query + token * view.query_step;
       const T* grad_out = view.grad_out + token * view.out_step;
       float score = problem.scale * warp_dot<E>(query, key, problem.dim);

@@ -41,8 +41,19 @@ struct FastDivisor {
 #endif
 };
 
+// One axis of a launch, from the rows' point of view; made on the host.
+struct AxisParams {
+  int32_t box = 1;  // rows of a tile
+  int32_t window = 1, stride = 1, dilation = 1, causal = 0;
+  int32_t row_len = 1, col_len = 1;          // tokens
+  int32_t row_tokens = 1, col_tokens = 1;    // token numbers between neighbouring tokens of this axis
+  int32_t bias_step = 1;                     // bias entries between neighbouring keys
+  int32_t group_len = 1, longer_groups = 0;  // every dilation group has group_len tokens, the first longer_groups one more
+};
+
 struct Params {
   Problem problem;
+  AxisParams axis[kMaxRank];
   ForwardBuffers forward;
   BackwardBuffers backward;
   float2* stats = nullptr;  // [batch, q axes, heads]: {lse * log2(e), delta - grad_lse}, written by grad_query's kernel
@@ -74,11 +85,7 @@ struct AxisTile {
   int32_t row_step;   // between neighbouring rows
   int32_t col_token;
   int32_t col_step;
-  int32_t shift;      // of this axis' field in packed words
-  int32_t bias_step;  // between neighbouring keys in a head's bias
-  int32_t window;
-  int32_t stride;
-  int32_t causal;
+  int32_t shift;  // of this axis' field in packed words
 };
 
 struct Tile {
@@ -97,6 +104,11 @@ struct Tile {
 
 __device__ __forceinline__ int32_t floor_divide(int32_t a, int32_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
+// Of small numbers, n < 2^16.
+__device__ __forceinline__ int32_t small_divide(int32_t n, int32_t d) {
+  return static_cast<int32_t>(__fdividef(static_cast<float>(n) + 0.5f, static_cast<float>(d)));
+}
+
 // Fills `tile` for work item `work`; called by one whole warp.
 template <bool kRowsAreKeys, int kCols>
 __device__ __forceinline__ void describe_tile(const Params& p, uint32_t work, Tile& tile) {
@@ -113,42 +125,32 @@ __device__ __forceinline__ void describe_tile(const Params& p, uint32_t work, Ti
   int32_t extent = 1, col_token = 0, col_step = 0;
   if (lane < kMaxRank) {
     const int a = lane;
-    const Axis axis = problem.axis[a];
+    const AxisParams& axis = p.axis[a];
     AxisTile t;
-    t.window = axis.window;
-    t.stride = axis.stride;
-    t.causal = axis.causal;
-    int32_t col_tokens = 1, row_tokens = 1;
-    t.bias_step = 1;
-    for (int b = a + 1; b < kMaxRank; ++b) {
-      col_tokens *= kRowsAreKeys ? problem.axis[b].q_len : problem.axis[b].kv_len;
-      row_tokens *= kRowsAreKeys ? problem.axis[b].kv_len : problem.axis[b].q_len;
-      t.bias_step *= 2 * problem.axis[b].window - 1;
-    }
     const int32_t my_index = a == 0 ? index[0] : a == 1 ? index[1] : index[2];
     const int32_t my_group = a == 0 ? group[0] : a == 1 ? group[1] : group[2];
     if (kRowsAreKeys && p.extra_rows) {
-      t.first = my_index * p.box[a];
-      t.count = min(p.box[a], (a == 2 ? problem.num_extra : 1) - t.first);
+      t.first = my_index * axis.box;
+      t.count = min(axis.box, (a == 2 ? problem.num_extra : 1) - t.first);
       t.length = 0;
       t.begin = 0;
-      t.extent = axis.q_len;
+      t.extent = axis.col_len;
       t.row_token = t.first;
       t.row_step = 1;
       t.col_token = 0;
-      t.col_step = col_tokens;
+      t.col_step = axis.col_tokens;
     } else {
       const int32_t d = axis.dilation;
-      const int32_t start = my_index * p.box[a];  // in this group, local
+      const int32_t start = my_index * axis.box;  // in this group, local
       // Local columns of this group: token x0 + d * n at group coordinate col_base + n.
       int32_t x0 = my_group, col_base = 0, columns, rows, base = 0;
       if (!problem.sharded) {
-        t.length = group_length(axis.q_len, d, my_group);
+        t.length = axis.group_len + (my_group < axis.longer_groups ? 1 : 0);
         columns = rows = t.length;
       } else {
         Shard shard{0, 0, 1};
         if (a >= kMaxRank - problem.rank) shard = p.forward.halo[a - (kMaxRank - problem.rank)];
-        const int32_t row_len = kRowsAreKeys ? axis.kv_len : axis.q_len, col_len = kRowsAreKeys ? axis.q_len : axis.kv_len;
+        const int32_t row_len = axis.row_len, col_len = axis.col_len;
         const int32_t row_offset = kRowsAreKeys ? shard.kv_offset : shard.q_offset;
         const int32_t col_offset = kRowsAreKeys ? shard.q_offset : shard.kv_offset;
         base = floor_divide(row_offset + my_group, d);
@@ -164,9 +166,9 @@ __device__ __forceinline__ void describe_tile(const Params& p, uint32_t work, Ti
         columns = x0 < col_len ? (col_len - x0 + d - 1) / d : 0;
       }
       t.first = base + start;
-      t.count = min(p.box[a], rows - start);
-      t.row_token = (my_group + start * d) * row_tokens;
-      t.row_step = d * row_tokens;
+      t.count = min(axis.box, rows - start);
+      t.row_token = (my_group + start * d) * axis.row_tokens;
+      t.row_step = d * axis.row_tokens;
       int32_t begin = 0, end = 0;
       if (kRowsAreKeys) {
         const int32_t first = max(t.first, 0), last = min(t.first + t.count, t.length) - 1;
@@ -182,8 +184,8 @@ __device__ __forceinline__ void describe_tile(const Params& p, uint32_t work, Ti
       end = min(end, min(col_base + columns, t.length));
       t.begin = begin;
       t.extent = max(end - begin, 0);
-      t.col_token = (x0 + (begin - col_base) * d) * col_tokens;
-      t.col_step = d * col_tokens;
+      t.col_token = (x0 + (begin - col_base) * d) * axis.col_tokens;
+      t.col_step = d * axis.col_tokens;
     }
     extent = t.extent;
     col_token = t.col_token;
@@ -210,7 +212,8 @@ __device__ __forceinline__ void describe_tile(const Params& p, uint32_t work, Ti
     tile.split = group[2];
     tile.batch = p.batch_begin + work;
     tile.volume = extent0 * extent1 * extent2;
-    const int32_t e1 = max(extent1, 1), e2 = max(extent2, 1), lines = kCols / e2, planes = lines / e1;
+    const int32_t e1 = max(extent1, 1), e2 = max(extent2, 1);
+    const int32_t lines = small_divide(kCols, e2), planes = small_divide(lines, e1);
     tile.walk = make_int4(e1, e2, col_token, tile.volume);
     tile.walk_tokens = make_int4(col_step0, col_step1, col_step2, shift0);
     tile.walk_step = make_int4(planes, lines - planes * e1, kCols - lines * e2, shift1);
@@ -229,14 +232,16 @@ template <bool kRowsAreKeys>
 __device__ __forceinline__ Row describe_row(const Params& p, const Tile& tile, int row) {
   int32_t at[kMaxRank];
   const int line = row * p.box_inverse[2] >> 16;  // row / box[2]: exact for rows below 256
-  at[2] = row - line * p.box[2];
+  at[2] = row - line * p.axis[2].box;
   at[0] = line * p.box_inverse[1] >> 16;
-  at[1] = line - at[0] * p.box[1];
+  at[1] = line - at[0] * p.axis[1].box;
   Row r{0, 0, 0, 0};
   bool exists = true, sees = true;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
+    if (a < kMaxRank - p.problem.rank && !(kRowsAreKeys && p.extra_rows)) continue;  // one token, which sees itself
     const AxisTile& t = tile.axis[a];
+    const AxisParams& axis = p.axis[a];
     exists = exists && at[a] < t.count;
     const int32_t i = t.first + at[a];
     r.token += t.row_token + at[a] * t.row_step;
@@ -244,11 +249,11 @@ __device__ __forceinline__ Row describe_row(const Params& p, const Tile& tile, i
     if (kRowsAreKeys && p.extra_rows) {
       seen = Interval{0, t.extent};
     } else if (kRowsAreKeys) {
-      if (i >= 0 && i < t.length) seen = queries_of_key(i, t.length, t.window, t.stride, t.causal);
-      r.bias -= (i + t.window - 1) * t.bias_step;
+      if (i >= 0 && i < t.length) seen = queries_of_key(i, t.length, axis.window, axis.stride, axis.causal);
+      r.bias -= (i + axis.window - 1) * axis.bias_step;
     } else {
-      seen = keys_of_query(i, t.length, t.window, t.stride, t.causal);
-      r.bias += (i - t.window + 1) * t.bias_step;
+      seen = keys_of_query(i, t.length, axis.window, axis.stride, axis.causal);
+      r.bias += (i - axis.window + 1) * axis.bias_step;
     }
     const int32_t low = max(seen.begin - t.begin, 0), high = min(seen.end - t.begin, t.extent) - 1;
     sees = sees && low <= high;
@@ -354,15 +359,18 @@ struct ColumnWriter {
 
   __device__ __forceinline__ void restart(const Tile& tile, int column, int first_chunk) {
     next = first_chunk * kCols + column;
-    const int32_t line = next / tile.walk.y;
-    at2 = next - line * tile.walk.y;
-    at0 = line / tile.walk.x;
-    at1 = line - at0 * tile.walk.x;
+    const int4 walk = tile.walk;
+    const bool small = next < 65536;
+    const int32_t line = small ? small_divide(next, walk.y) : next / walk.y;
+    at2 = next - line * walk.y;
+    at0 = small ? small_divide(line, walk.x) : line / walk.x;
+    at1 = line - at0 * walk.x;
   }
 
   // A chunk of the union. Every thread calls it; `column` < kCols write.
   template <bool kRowsAreKeys>
-  __device__ __forceinline__ void write(const Tile& tile, ColumnTable<kCols, kSlots>& table, int column, bool has_bias) {
+  __device__ __forceinline__ void write(const Params& p, const Tile& tile, ColumnTable<kCols, kSlots>& table, int column,
+                                        bool has_bias) {
     if (column < kCols) {
       const int4 walk = tile.walk, tokens = tile.walk_tokens, step = tile.walk_step;
       const bool exists = next < walk.w;
@@ -373,8 +381,8 @@ struct ColumnWriter {
       table.word[slot][column] = exists ? word : tile.none;
       if (has_bias) {
         const AxisTile &t0 = tile.axis[0], &t1 = tile.axis[1], &t2 = tile.axis[2];
-        const int32_t bias =
-            (at0 + t0.begin) * t0.bias_step + (at1 + t1.begin) * t1.bias_step + (at2 + t2.begin) * t2.bias_step;
+        const int32_t bias = (at0 + t0.begin) * p.axis[0].bias_step + (at1 + t1.begin) * p.axis[1].bias_step +
+                             (at2 + t2.begin) * p.axis[2].bias_step;
         table.bias[slot][column] = kRowsAreKeys ? -bias : bias;
       }
       next += kCols;
