@@ -22,7 +22,7 @@ struct Shape {
 constexpr Shape forward_shape(bool is_16_bit, int dim, bool large) {
   if (is_16_bit) {
     switch (dim) {
-      case 32: return large ? Shape{2, 64, 2, 4, 3} : Shape{1, 64, 2, 4, 4, true};
+      case 32: return large ? Shape{2, 64, 2, 4, 3} : Shape{2, 64, 2, 2, 6};
       case 64: return large ? Shape{2, 64, 2, 4, 2} : Shape{1, 64, 2, 4, 4, true};
       case 128: return large ? Shape{2, 64, 2, 4, 2} : Shape{1, 64, 2, 4, 2};
       default: return Shape{1, 32, 2, 4, 2};
@@ -36,11 +36,11 @@ constexpr Shape forward_shape(bool is_16_bit, int dim, bool large) {
   }
 }
 
-constexpr Shape grad_query_shape(bool is_16_bit, int dim) {
+constexpr Shape grad_query_shape(bool is_16_bit, int dim, bool large) {
   if (is_16_bit) {
     switch (dim) {
       case 32: return Shape{1, 64, 2, 4, 4, true};
-      case 64: return Shape{1, 64, 2, 4, 3, true};
+      case 64: return large ? Shape{2, 32, 2, 4, 2} : Shape{1, 64, 2, 4, 3, true};
       case 128: return Shape{1, 32, 2, 4, 2};
       default: return Shape{1, 16, 2, 4, 1};
     }
@@ -53,11 +53,11 @@ constexpr Shape grad_query_shape(bool is_16_bit, int dim) {
   }
 }
 
-constexpr Shape grad_key_value_shape(bool is_16_bit, int dim) {
+constexpr Shape grad_key_value_shape(bool is_16_bit, int dim, bool large) {
   if (is_16_bit) {
     switch (dim) {
       case 32: return Shape{1, 64, 2, 4, 4, true};
-      case 64: return Shape{1, 64, 2, 4, 2, true};
+      case 64: return large ? Shape{2, 32, 2, 4, 2} : Shape{1, 64, 2, 4, 2, true};
       case 128: return Shape{1, 32, 2, 4, 2};
       default: return Shape{1, 16, 2, 4, 1};
     }
@@ -75,24 +75,29 @@ constexpr Shape grad_key_value_shape(bool is_16_bit, int dim) {
 constexpr bool splits_gradients(int dim) { return dim > 128; }
 // 32 rows a warp: only where registers allow it.
 constexpr bool has_large_forward(bool is_16_bit, int dim) { return is_16_bit && dim <= 128; }
+constexpr bool has_large_backward(bool is_16_bit, int dim) { return is_16_bit && dim == 64; }
 
-// For the cost model (tile_choice_sm80.h), in units of one forward chunk with 16 rows a warp: what a chunk with 32 rows
-// costs, and what beginning and end of a tile cost.
-constexpr double kLargeChunkCost = 1.55, kTileCost = 1.0, kLargeTileCost = 1.7;
+// For the cost model (tile_choice_sm80.h): a chunk, and beginning and end of a tile, in units of a chunk of 64 columns by
+// four warps of 16 rows. Warps of 32 rows share what they read; the factors reproduce which kernel was measured faster
+// (DESIGN.md).
+constexpr double chunk_cost(const Shape& s, bool is_backward) {
+  return s.cols / 64.0 * s.warps / 4.0 * (s.row_tiles == 1 ? 1.0 : is_backward ? 1.75 : 1.55);
+}
+constexpr double tile_cost(const Shape& s) { return s.warps / 4.0 * (s.row_tiles == 1 ? 1.0 : 1.7); }
 
 template <class E, int kDim, bool kLarge>
 struct ForwardOf {
   static constexpr Shape s = forward_shape(E::k16Bit, kDim, kLarge);
   using Config = ForwardConfig<E, kDim, s.row_tiles, s.cols, s.stages, s.warps, s.min_blocks, s.skips>;
 };
-template <class E, int kDim>
+template <class E, int kDim, bool kLarge>
 struct GradQueryOf {
-  static constexpr Shape s = grad_query_shape(E::k16Bit, kDim);
+  static constexpr Shape s = grad_query_shape(E::k16Bit, kDim, kLarge);
   using Config = BackwardConfig<E, kDim, s.row_tiles, s.cols, s.stages, s.warps, s.min_blocks, s.skips>;
 };
-template <class E, int kDim, int kParts>
+template <class E, int kDim, int kParts, bool kLarge>
 struct GradKeyValueOf {
-  static constexpr Shape s = grad_key_value_shape(E::k16Bit, kDim);
+  static constexpr Shape s = grad_key_value_shape(E::k16Bit, kDim, kLarge);
   using Config = BackwardConfig<E, kDim, s.row_tiles, s.cols, s.stages, s.warps, s.min_blocks, s.skips, kParts>;
 };
 

@@ -116,18 +116,25 @@ bool read_override(Pass pass, const Problem& problem, int* rows, TileChoice* til
          int64_t(tile->box[0]) * tile->box[1] * tile->box[2] <= *rows;
 }
 
+Shape shape_of(Pass pass, bool is_16_bit, int bucket, bool large) {
+  return pass == Pass::kForward     ? forward_shape(is_16_bit, bucket, large)
+         : pass == Pass::kGradQuery ? grad_query_shape(is_16_bit, bucket, large)
+                                    : grad_key_value_shape(is_16_bit, bucket, large);
+}
+
 Choice make_choice(Pass pass, const Problem& problem, bool is_16_bit, int bucket) {
   const bool rows_are_keys = pass == Pass::kGradKeyValue;
-  const Shape shape = pass == Pass::kForward     ? forward_shape(is_16_bit, bucket, false)
-                      : pass == Pass::kGradQuery ? grad_query_shape(is_16_bit, bucket)
-                                                 : grad_key_value_shape(is_16_bit, bucket);
-  // Unit: one chunk of the kernel with 16 rows a warp. Beginning and end of a tile cost about two chunks.
+  const Shape shape = shape_of(pass, is_16_bit, bucket, false);
   Choice choice;
-  choice.tile = choose_tile(problem, rows_are_keys, shape.rows(), shape.cols, 1.0, kTileCost);
-  const bool may_be_large = pass == Pass::kForward && has_large_forward(is_16_bit, bucket);
+  const auto choose_for = [&](const Shape& s) {
+    return choose_tile(problem, rows_are_keys, s.rows(), s.cols, chunk_cost(s, pass != Pass::kForward), tile_cost(s));
+  };
+  choice.tile = choose_for(shape);
+  const bool may_be_large =
+      pass == Pass::kForward ? has_large_forward(is_16_bit, bucket) : has_large_backward(is_16_bit, bucket);
+  const Shape large_shape = shape_of(pass, is_16_bit, bucket, may_be_large);
   if (may_be_large) {
-    const Shape large = forward_shape(is_16_bit, bucket, true);
-    const TileChoice tile = choose_tile(problem, rows_are_keys, large.rows(), large.cols, kLargeChunkCost, kLargeTileCost);
+    const TileChoice tile = choose_for(large_shape);
     if (tile.cost < choice.tile.cost) {
       choice.tile = tile;
       choice.large = true;
@@ -136,7 +143,7 @@ Choice make_choice(Pass pass, const Problem& problem, bool is_16_bit, int bucket
   int rows = 0;
   TileChoice forced;
   if (read_override(pass, problem, &rows, &forced)) {
-    const int large_rows = may_be_large ? forward_shape(is_16_bit, bucket, true).rows() : 0;
+    const int large_rows = may_be_large ? large_shape.rows() : 0;
     if (rows == shape.rows() || rows == large_rows) {
       choice.tile = forced;
       choice.large = rows == large_rows && rows != shape.rows();
@@ -144,9 +151,9 @@ Choice make_choice(Pass pass, const Problem& problem, bool is_16_bit, int bucket
   }
   const char* explain = std::getenv("JAX_NA_EXPLAIN");
   if (explain != nullptr && explain[0] == '1') {
-    const int used = choice.large ? forward_shape(is_16_bit, bucket, true).rows() : shape.rows();
+    const Shape used = choice.large ? large_shape : shape;
     std::fprintf(stderr, "jax_na fused %s: head dim %d, %d rows x %d columns, box %dx%dx%d, union %.0f of window %lld\n",
-                 kPassNames[static_cast<int>(pass)], bucket, used, shape.cols, choice.tile.box[0], choice.tile.box[1],
+                 kPassNames[static_cast<int>(pass)], bucket, used.rows(), used.cols, choice.tile.box[0], choice.tile.box[1],
                  choice.tile.box[2], choice.tile.columns, static_cast<long long>(problem.window_volume()));
   }
   return choice;
@@ -260,7 +267,9 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   const Choice grad_query = choose(Pass::kGradQuery, problem, is_16_bit, bucket);
   if (buffers.grad_bias == nullptr) {
     if (Status status = set_tiles(grad_query.tile, problem, false, problem.batch, &p); !status.ok()) return status;
-    if (Status s = cuda_status("grad_query", launch.grad_query(p, p.num_work, options.device, stream)); !s.ok()) return s;
+    if (Status s = cuda_status("grad_query", launch.grad_query(p, p.num_work, grad_query.large, options.device, stream));
+        !s.ok())
+      return s;
   } else {
     // One launch per bias: a block keeps its head, and so its partial sums.
     Params q = p;
@@ -274,7 +283,9 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
     for (int64_t bias = 0; bias < problem.bias_batch; ++bias) {
       q.batch_begin = bias * batch;
       const uint32_t blocks = static_cast<uint32_t>(problem.heads * workspace.bias_splits);
-      if (Status s = cuda_status("grad_query", launch.grad_query(q, blocks, options.device, stream)); !s.ok()) return s;
+      if (Status s = cuda_status("grad_query", launch.grad_query(q, blocks, grad_query.large, options.device, stream));
+          !s.ok())
+        return s;
       char* grad_bias = static_cast<char*>(buffers.grad_bias) + bias * size * element_bytes;
       if (Status s = cuda_status("grad_bias", add_bias(q, grad_bias, size, workspace.bias_splits, stream)); !s.ok()) {
         return s;
@@ -286,11 +297,13 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (Status status = set_tiles(grad_key_value.tile, problem, true, problem.batch, &p); !status.ok()) {
     return status;
   }
-  if (Status s = cuda_status("grad_key_value", launch.grad_key_value(p, options.device, stream)); !s.ok()) return s;
+  if (Status s = cuda_status("grad_key_value", launch.grad_key_value(p, grad_key_value.large, options.device, stream));
+      !s.ok())
+    return s;
 
   if (problem.num_extra > 0) {
     Params e = p;
-    const int rows = grad_key_value_shape(is_16_bit, bucket).rows();
+    const int rows = grad_key_value_shape(is_16_bit, bucket, false).rows();
     e.extra_rows = 1;
     e.splits = workspace.extra_splits;
     e.extra_partial = reinterpret_cast<float*>(base + workspace.extra_partial);
@@ -302,7 +315,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
     const int64_t work = problem.batch * problem.kv_heads * tile.tiles[2] * e.splits;
     if (work > INT32_MAX) return Status::error("fused kernels: " + std::to_string(work) + " tiles exceed a grid");
     e.num_work = static_cast<uint32_t>(work);
-    if (Status s = cuda_status("grad_extra", launch.grad_key_value(e, options.device, stream)); !s.ok()) return s;
+    if (Status s = cuda_status("grad_extra", launch.grad_key_value(e, false, options.device, stream)); !s.ok()) return s;
     if (Status s = cuda_status("grad_extra", add_extra(e, stream)); !s.ok()) return s;
   }
   return Status{};

@@ -41,6 +41,15 @@ cudaError_t launch_grad_key_value(const Params& p, int device, cudaStream_t stre
   return launch<grad_key_value_kernel<C>>(p, p.num_work, C::kThreads, bytes, bytes, device, stream);
 }
 
+template <class C>
+cudaError_t launch_grad_query(const Params& p, uint32_t blocks, int device, cudaStream_t stream) {
+  using Shared = GradQueryShared<C>;
+  static_assert(sizeof(Shared) <= kMaxSharedBytes);
+  // The staging area of the bias gradient lies at the end.
+  const size_t bytes = p.bias_partial != nullptr ? sizeof(Shared) : offsetof(Shared, scores);
+  return launch<grad_query_kernel<C>>(p, blocks, C::kThreads, bytes, sizeof(Shared), device, stream);
+}
+
 template <class E, int kDim>
 struct Launch {
   static cudaError_t forward(const Params& p, bool large, int device, cudaStream_t stream) {
@@ -50,23 +59,25 @@ struct Launch {
     return launch_forward<typename ForwardOf<E, kDim, false>::Config>(p, device, stream);
   }
 
-  static cudaError_t grad_query(const Params& p, uint32_t blocks, int device, cudaStream_t stream) {
-    using C = typename GradQueryOf<E, kDim>::Config;
-    using Shared = GradQueryShared<C>;
-    static_assert(sizeof(Shared) <= kMaxSharedBytes);
-    // The staging area of the bias gradient lies at the end.
-    const size_t bytes = p.bias_partial != nullptr ? sizeof(Shared) : offsetof(Shared, scores);
-    return launch<grad_query_kernel<C>>(p, blocks, C::kThreads, bytes, sizeof(Shared), device, stream);
+  static cudaError_t grad_query(const Params& p, uint32_t blocks, bool large, int device, cudaStream_t stream) {
+    if constexpr (has_large_backward(E::k16Bit, kDim)) {
+      if (large) return launch_grad_query<typename GradQueryOf<E, kDim, true>::Config>(p, blocks, device, stream);
+    }
+    return launch_grad_query<typename GradQueryOf<E, kDim, false>::Config>(p, blocks, device, stream);
   }
 
-  static cudaError_t grad_key_value(const Params& p, int device, cudaStream_t stream) {
+  static cudaError_t grad_key_value(const Params& p, bool large, int device, cudaStream_t stream) {
+    constexpr int kBoth = kPartValue | kPartKey;
     if constexpr (splits_gradients(kDim)) {
       const cudaError_t status =
-          launch_grad_key_value<typename GradKeyValueOf<E, kDim, kPartValue>::Config>(p, device, stream);
+          launch_grad_key_value<typename GradKeyValueOf<E, kDim, kPartValue, false>::Config>(p, device, stream);
       if (status != cudaSuccess) return status;
-      return launch_grad_key_value<typename GradKeyValueOf<E, kDim, kPartKey>::Config>(p, device, stream);
+      return launch_grad_key_value<typename GradKeyValueOf<E, kDim, kPartKey, false>::Config>(p, device, stream);
     } else {
-      return launch_grad_key_value<typename GradKeyValueOf<E, kDim, kPartValue | kPartKey>::Config>(p, device, stream);
+      if constexpr (has_large_backward(E::k16Bit, kDim)) {
+        if (large) return launch_grad_key_value<typename GradKeyValueOf<E, kDim, kBoth, true>::Config>(p, device, stream);
+      }
+      return launch_grad_key_value<typename GradKeyValueOf<E, kDim, kBoth, false>::Config>(p, device, stream);
     }
   }
 };

@@ -13,8 +13,8 @@ struct Params;
 
 struct LaunchTable {
   cudaError_t (*forward)(const Params&, bool large, int device, cudaStream_t);
-  cudaError_t (*grad_query)(const Params&, uint32_t blocks, int device, cudaStream_t);
-  cudaError_t (*grad_key_value)(const Params&, int device, cudaStream_t);
+  cudaError_t (*grad_query)(const Params&, uint32_t blocks, bool large, int device, cudaStream_t);
+  cudaError_t (*grad_key_value)(const Params&, bool large, int device, cudaStream_t);
 };
 
 // One per kernels_sm80_<element>_<bucket>.cu.
