@@ -19,7 +19,7 @@
 
 namespace jax_na::hopper {
 
-// Registers and shared memory per configuration: see DESIGN.md, "Backward".
+// Registers and shared memory per configuration: see DESIGN.md, "Hopper, backward".
 template <typename T_, int D, int kInnerRows, int kWarpgroups, int kRing, int kOuterRing, int kCtasPerSm,
           BackwardPass kPass_>
 struct BackwardConfig {

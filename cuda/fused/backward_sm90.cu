@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Regimes by head dimension and pass; times measured on an H200 (see DESIGN.md, "Backward").
+// Regimes by head dimension and pass; times measured on an H200 (see DESIGN.md, "Hopper, backward").
 std::vector<BackwardRegime> backward_regimes(int32_t dim, BackwardPass pass) {
   if (pass == BackwardPass::kQueries) {
     if (dim == 128) return {{128, 64, 2000, 60, 800}};
