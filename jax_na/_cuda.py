@@ -116,6 +116,15 @@ def _no_workspace(spec: Spec, inputs: Inputs) -> int:
     return 0
 
 
+def why_not_capability(capability: int | None, needed: int, exact: bool = False) -> str | None:
+    """Why kernels for compute capability ``needed`` (times ten) do not run on a device of ``capability``; ``None``: not known."""
+    if capability is None or (capability == needed if exact else capability >= needed):
+        return None
+    return (
+        f"it needs compute capability {needed / 10:.1f}{'' if exact else ' or newer'}, the device has {capability / 10:.1f}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A kernel family, as ``cuda/ffi/dispatch.cc`` lists it by the same name.
@@ -139,10 +148,7 @@ class Family:
     serves_extra: bool = False
 
     def why_not_on(self, capability: int | None) -> str | None:
-        if capability is None or (capability == self.capability if self.exact else capability >= self.capability):
-            return None
-        needed = f"{self.capability / 10:.1f}" + ("" if self.exact else " or newer")
-        return f"it needs compute capability {needed}, the device has {capability / 10:.1f}"
+        return why_not_capability(capability, self.capability, self.exact)
 
 
 def _why_not_dtype(spec: Spec, inputs: Inputs, is_backward: bool = False) -> str | None:

@@ -131,11 +131,15 @@ def explain(
         if reason is None and candidate.platforms is not None:
             only = name.removeprefix("cuda").removeprefix("_") or None
             reason = _cuda.lane().missing
-            families = [_cuda.candidates(spec, inputs, backward, only) for backward in (False, True)]
-            fitting = [[f.name for f in side if f.why_not_on(capability) is None] for side in families]
-            if reason is None and not fitting[0]:
-                reason = "; ".join(f"{f.name}: {f.why_not_on(capability)}" for f in families[0])
-            kernels[name] = (tuple(fitting[0]), tuple(fitting[1]))
+            if only is not None and all(family.name != only for family in _cuda.FAMILIES):  # built on the unfused products
+                reason = reason or _cuda.why_not_capability(capability, 80)
+                kernels[name] = ((only,), (only,))
+            else:
+                families = [_cuda.candidates(spec, inputs, backward, only) for backward in (False, True)]
+                fitting = [[f.name for f in side if f.why_not_on(capability) is None] for side in families]
+                if reason is None and not fitting[0]:
+                    reason = "; ".join(f"{f.name}: {f.why_not_on(capability)}" for f in families[0])
+                kernels[name] = (tuple(fitting[0]), tuple(fitting[1]))
         why_not[name] = reason
     order = _backends.IMPLEMENTATIONS if implementation is None else [implementation]
     chosen = next((name for name in order if why_not[name] is None), "nothing")

@@ -17,9 +17,7 @@ from jax_na.testing.cases import CASES, Case
 from jax_na.testing.numerics import relative_error
 
 AVAILABLE = _cuda.Lane(None, tuple(family.name for family in _cuda.FAMILIES))
-NAMED = [
-    name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda") and name not in _unfused.STORES_WEIGHTS
-]
+NAMED = [name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda") and name not in _unfused.STORES_WEIGHTS]
 
 
 def lower(
@@ -204,6 +202,9 @@ def test_explain_names_the_choice_and_the_reasons(monkeypatch):
     assert on_gpu.chosen == "cuda"
     assert on_gpu.forward_kernels
     assert "cuda would run on cuda, compute capability 8.0" in str(on_gpu)
+    hopper = explain(platform="cuda", capability=90)
+    assert all(hopper.why_not[name] is None for name in NAMED)
+    assert all(reason is None or len(reason) > 10 for reason in (on_cpu.why_not | on_gpu.why_not).values())
     old = explain(platform="gpu", capability=75)
     assert old.chosen == "xla"
     assert "needs compute capability 8.0 or newer, the device has 7.5" in old.why_not["cuda_naive"]
