@@ -76,7 +76,7 @@ def attention(spec: Spec, inputs: Inputs, halo: Array, weights_dtype: Any = None
         scores = scores + spread
     seen = mask(spec, query_spatial, key_spatial, halo).reshape(q.shape[len(lead)], k.shape[len(lead)])
     scores = jnp.where(seen, scores, -jnp.inf)
-    if extra_key is not None:
+    if extra_key is not None and extra_value is not None:
         extra_scores = dot("...qgrd,...kgd->...grqk", q, extra_key) * jnp.asarray(spec.scale, acc)
         scores = jnp.concatenate([scores, extra_scores], -1)
         v = jnp.concatenate([v, extra_value], -3)

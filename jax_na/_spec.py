@@ -217,7 +217,7 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
 def canonical_precision(precision: Any) -> lax.Precision:
     """``None`` follows ``jax_default_matmul_precision``; everything jax.lax takes is taken, pairs by their higher entry."""
     if precision is None:
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined, unused-ignore]
     if precision is None:
         return lax.Precision.DEFAULT
     if isinstance(precision, tuple):
