@@ -45,6 +45,19 @@ struct FastDivisor {
   }
 };
 
+// The same by the division instruction, where no constant was prepared.
+struct PlainDivisor {
+  uint32_t divisor;
+
+  JAX_NA_HOST_DEVICE uint32_t divide(uint32_t n) const { return n / divisor; }
+
+  JAX_NA_HOST_DEVICE uint32_t split(uint32_t& n) const {
+    const uint32_t remainder = n % divisor;
+    n /= divisor;
+    return remainder;
+  }
+};
+
 // One axis of one dilation group.
 struct GroupAxis {
   int32_t length;    // tokens of the group on the global axis: windows clamp here
@@ -55,8 +68,9 @@ struct GroupAxis {
   int32_t kv_base;   // its group coordinate
 };
 
-// by_dilation: FastDivisor(axis.dilation).
-JAX_NA_HOST_DEVICE GroupAxis group_axis(const Axis& axis, const Shard& shard, int32_t residue, FastDivisor by_dilation) {
+// by_dilation: a FastDivisor or PlainDivisor of axis.dilation.
+template <typename Divisor>
+JAX_NA_HOST_DEVICE GroupAxis group_axis(const Axis& axis, const Shard& shard, int32_t residue, Divisor by_dilation) {
   if (axis.dilation == 1) {
     return {shard.length, 0, shard.q_offset, axis.q_len, 0, shard.kv_offset};
   }

@@ -154,7 +154,7 @@ struct Column {
 __device__ __forceinline__ void query_tile_axis(const Params& params, const Work& work, int a, TileAxis* result) {
   const Axis& axis = params.problem.axis[a];
   TileAxis tile;
-  tile.group = group_axis(axis, shard_of(params, a), work.residue[a]);
+  tile.group = group_axis(axis, shard_of(params, a), work.residue[a], PlainDivisor{uint32_t(axis.dilation)});
   tile.first = work.tile[a] * params.box[a];
   tile.count = min(params.box[a], tile.group.q_count - tile.first);
   const int32_t q = tile.group.q_base + tile.first;
