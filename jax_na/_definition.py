@@ -38,7 +38,9 @@ def mask(spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...
     return result
 
 
-def relative_bias(spec: Spec, bias: Array, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...], halo: Array) -> Array:
+def relative_bias(
+    spec: Spec, bias: Array, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...], halo: Array
+) -> Array:
     """``bias [*Bb, H, 2k-1, ...]`` spread over all pairs, ``[*Bb, H, *Sq, *Sk]``: entry key - query + k - 1 per axis."""
     rank = spec.rank
     indices = []

@@ -211,7 +211,9 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
             )
         tokens = extra_key.shape[1]
         check_shape("additional_keys", extra_key, (batch, tokens, kv_heads, dim), "[batch, tokens, kv_heads, head_dim]")
-        check_shape("additional_values", extra_value, (batch, tokens, kv_heads, dim_v), "[batch, tokens, kv_heads, value_dim]")
+        check_shape(
+            "additional_values", extra_value, (batch, tokens, kv_heads, dim_v), "[batch, tokens, kv_heads, value_dim]"
+        )
 
 
 def canonical_precision(precision: Any) -> lax.Precision:

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 Array = Any
 
 
-def window_bounds(
-    i: Array, length: Array, window: int, stride: int, is_causal: bool, xp: Any = jnp
-) -> tuple[Array, Array]:
+def window_bounds(i: Array, length: Array, window: int, stride: int, is_causal: bool, xp: Any = jnp) -> tuple[Array, Array]:
     """First key (inclusive) and last key (exclusive) that query ``i`` sees, all in group coordinates.
 
     Args:

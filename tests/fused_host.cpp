@@ -4,7 +4,8 @@
 
 namespace {
 
-// problem: rank, heads, kv_heads, dim, dim_v, num_extra, batch, then q_len, kv_len, window, stride, dilation, causal of 3 axes.
+// problem: rank, heads, kv_heads, dim, dim_v, num_extra, batch, then q_len, kv_len, window, stride, dilation, causal of 3
+// axes.
 jax_na::Problem read_problem(const int32_t* v) {
   jax_na::Problem p;
   p.rank = v[0];

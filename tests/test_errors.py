@@ -38,7 +38,11 @@ def attend(query=Q, key=K, value=K, window_size=3, **kwargs):
         (dict(key=K[:, :7]), ValueError, ["key", "(2, 7, 9, 2, 16)", "(2, 8, 9, 2, 16)"]),
         (dict(key=K[0]), ValueError, ["same number of axes"]),
         (dict(value=K[..., :1, :]), ValueError, ["value", "(2, 8, 9, 1, 16)", "kv_heads"]),
-        (dict(key=jnp.zeros((2, 8, 9, 3, 16)), value=jnp.zeros((2, 8, 9, 3, 16))), ValueError, ["4 heads", "3", "multiple"]),
+        (
+            dict(key=jnp.zeros((2, 8, 9, 3, 16)), value=jnp.zeros((2, 8, 9, 3, 16))),
+            ValueError,
+            ["4 heads", "3", "multiple"],
+        ),
         (dict(bias=jnp.zeros((4, 5, 4))), ValueError, ["bias", "(4, 5, 4)", "(4, 5, 5)"]),
         (dict(window_size=4, bias=jnp.zeros((4, 7, 7))), ValueError, ["bias", "odd window_size", "(4, 4)"]),
         (dict(additional_keys=K[:, 0]), ValueError, ["additional_keys and additional_values"]),

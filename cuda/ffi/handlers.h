@@ -12,8 +12,8 @@ XLA_FFI_Error* forward_handler(XLA_FFI_CallFrame* call_frame);
 //   -> (grad_query, grad_key, grad_value[, grad_bias][, grad_extra_key, grad_extra_value], workspace)
 XLA_FFI_Error* backward_handler(XLA_FFI_CallFrame* call_frame);
 
-// jax_na_product (common/product.h): pointwise (per_query, per_key, halo) -> weights; neighborhood (weights, per_key, halo) ->
-// per_query; inverse (weights, per_query, halo) -> per_key
+// jax_na_product (common/product.h): pointwise (per_query, per_key, halo) -> weights; neighborhood (weights, per_key, halo)
+// -> per_query; inverse (weights, per_query, halo) -> per_key
 XLA_FFI_Error* product_handler(XLA_FFI_CallFrame* call_frame);
 
 }  // namespace jax_na

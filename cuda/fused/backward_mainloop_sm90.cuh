@@ -676,7 +676,8 @@ struct Consumer {
             sm90::pin_registers(s);
             probabilities<true>(s, stats, row_lse, mask);
           }
-          // PERF: dV runs behind dP while dS is made, dK behind dQ while dq leaves (dV and dK together: 5 to 10 % at D 128).
+          // PERF: dV runs behind dP while dS is made, dK behind dQ while dq leaves (dV and dK together: 5 to 10 % at D
+          // 128).
           if constexpr (kKeysPass) {
             pack_fragments(p_fragments, s);
             sm90::wgmma_fence();

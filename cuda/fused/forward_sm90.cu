@@ -82,8 +82,10 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
                           swizzle);
   };
   const char* failure = map(&params.q_map, params.q_layout, buffers.query, q_len, problem.heads, q_box);
-  if (failure == nullptr) failure = map(&params.k_map, params.kv_layout, buffers.key, kv_len, problem.kv_heads, plan.kv_box);
-  if (failure == nullptr) failure = map(&params.v_map, params.kv_layout, buffers.value, kv_len, problem.kv_heads, plan.kv_box);
+  if (failure == nullptr)
+    failure = map(&params.k_map, params.kv_layout, buffers.key, kv_len, problem.kv_heads, plan.kv_box);
+  if (failure == nullptr)
+    failure = map(&params.v_map, params.kv_layout, buffers.value, kv_len, problem.kv_heads, plan.kv_box);
   if (failure == nullptr) failure = launch(plan.kernel, options.dtype, params, options.num_sms, stream);
   return failure == nullptr ? Status() : Status::error(failure);
 }

@@ -1,8 +1,9 @@
 // Forward neighborhood attention for Hopper: TMA loads of unpermuted tensors, wgmma, warp specialisation.
 //
-// One kernel, top to bottom: parameters, what lies in shared memory, the producer (one thread per ring of tiles: decides which tiles
-// there are, loads them, says how each consumer has to treat them), the consumers (a warpgroup per 64 queries: S = Q K^T, online softmax,
-// O += P V), the epilogue. Everything about the problem is a run-time number; see plan_sm90.h for the tile shapes and DESIGN.md for why.
+// One kernel, top to bottom: parameters, what lies in shared memory, the producer (one thread per ring of tiles: decides
+// which tiles there are, loads them, says how each consumer has to treat them), the consumers (a warpgroup per 64 queries:
+// S = Q K^T, online softmax, O += P V), the epilogue. Everything about the problem is a run-time number; see plan_sm90.h
+// for the tile shapes and DESIGN.md for why.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,11 +24,12 @@ namespace jax_na::hopper {
 
 // ---- parameters ----
 struct ForwardParams {
-  CUtensorMap q_map, k_map, v_map;  // q_map: boxes of one warpgroup's queries, or of a tile's (kWarps); k_map, v_map: boxes of one key tile
+  CUtensorMap q_map, k_map,
+      v_map;  // q_map: boxes of one warpgroup's queries, or of a tile's (kWarps); k_map, v_map: boxes of one key tile
   TokenLayout q_layout, kv_layout;
   Axis axis[kMaxRank];
-  Shard shard[kMaxRank];   // if halo is null
-  const Shard* halo;       // device memory, [rank], or null
+  Shard shard[kMaxRank];  // if halo is null
+  const Shard* halo;      // device memory, [rank], or null
   int32_t rank;
   int32_t unit[kMaxRank];  // queries of one consumer
   int32_t grid[kMaxRank];  // consumers of a query tile
@@ -48,14 +50,15 @@ template <typename T_, int kDim_, int kN_, int kConsumers_, Sharing kSharing_, i
 struct ForwardConfig {
   using T = T_;
   static constexpr int kDim = kDim_;
-  static constexpr int kN = kN_;                  // key columns of a tile
-  static constexpr int kSteps = (kN + 15) / 16;   // of 16 keys in P V; values have that many rows, probabilities past kN are 0
+  static constexpr int kN = kN_;  // key columns of a tile
+  static constexpr int kSteps =
+      (kN + 15) / 16;  // of 16 keys in P V; values have that many rows, probabilities past kN are 0
   static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 queries
   static constexpr Sharing kSharing = kSharing_;
   static constexpr bool kShared = kSharing == Sharing::kShared;  // one ring of key tiles for all consumers, or one each
-  static constexpr int kStages = kStages_;        // key tiles in flight per ring
+  static constexpr int kStages = kStages_;                       // key tiles in flight per ring
   static constexpr int kQStages = kQStages_;
-  static constexpr int kM = 64;                   // queries of a consumer
+  static constexpr int kM = 64;  // queries of a consumer
   static constexpr int kRings = kShared ? 1 : kConsumers;
   static constexpr int kRingConsumers = kShared ? kConsumers : 1;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -64,12 +67,14 @@ struct ForwardConfig {
   static constexpr int kRowBytes = kDim == 32 ? 64 : 128;  // of a TMA row: the swizzle span
   static constexpr int kRowElements = kRowBytes / 2;
   static constexpr int kBlocks = kDim / kRowElements;  // column blocks of a token
-  // Consumers of a shared tile take turns at the tensor cores, so that the softmax of one runs under the products of another.
+  // Consumers of a shared tile take turns at the tensor cores, so that the softmax of one runs under the products of
+  // another.
   static constexpr bool kTakeTurns = kShared;
 };
 
 // ---- shared memory ----
-// How a consumer has to treat a key tile: two bits. Neither: outside its windows; kInside alone: mask it; both: every row sees every key.
+// How a consumer has to treat a key tile: two bits. Neither: outside its windows; kInside alone: mask it; both: every row
+// sees every key.
 constexpr uint32_t kInside = 1, kFull = 2;
 
 // The windows of a run of queries on one axis: every query's keys lie in `any`, and keys in `all` are seen by every query.
@@ -175,7 +180,8 @@ struct ForwardStorage {
 };
 
 // ---- producer ----
-__device__ __forceinline__ WindowRange window_range(const Axis& axis, const GroupAxis& group, int32_t first, int32_t count) {
+__device__ __forceinline__ WindowRange window_range(const Axis& axis, const GroupAxis& group, int32_t first,
+                                                    int32_t count) {
   const int32_t last = min(first + count, group.q_count) - 1;
   const Interval low = keys_of_query(axis, group.length, group.q_base + first);
   const Interval high = keys_of_query(axis, group.length, group.q_base + last);
@@ -192,8 +198,8 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
   constexpr int kRows = Config::kM * Config::kRingConsumers;
   auto& record = smem.record;
   const int lane = threadIdx.x % 32;
-  const uint32_t num_queries = params.unit[0] * params.unit[1] * params.unit[2] *
-                               (params.grid[0] * params.grid[1] * params.grid[2]);
+  const uint32_t num_queries =
+      params.unit[0] * params.unit[1] * params.unit[2] * (params.grid[0] * params.grid[1] * params.grid[2]);
   const uint32_t q_bytes = num_queries * Config::kDim * 2;
   const uint32_t kv_volume = params.kv_box[0] * params.kv_box[1] * params.kv_box[2];
   const uint32_t kv_bytes = kv_volume * Config::kDim * 2;
@@ -326,8 +332,8 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
           const uint32_t v_smem = smem_address(smem.v[ring][kv_at.slot]);
 #pragma unroll
           for (int b = 0; b < Config::kBlocks; ++b) {
-            tma_load_5d(v_smem + b * 16 * Config::kSteps * Config::kRowBytes, &params.v_map, &record.v_full[ring][kv_at.slot],
-                        m.c[0] + b * kRowElements, c1, c2, c3, m.c[4]);
+            tma_load_5d(v_smem + b * 16 * Config::kSteps * Config::kRowBytes, &params.v_map,
+                        &record.v_full[ring][kv_at.slot], m.c[0] + b * kRowElements, c1, c2, c3, m.c[4]);
           }
           kv_at.advance();
           begin_2 += params.kv_box[2];
@@ -412,7 +418,8 @@ __device__ __forceinline__ void apply_mask(float (&s)[kN / 2], const uint32_t (&
 
 // Scores to probabilities relative to the new maximum; factor: what earlier sums and outputs are to be multiplied with.
 template <int kN>
-__device__ __forceinline__ void update_softmax(SoftmaxState& state, float (&s)[kN / 2], float scale_log2, float (&factor)[2]) {
+__device__ __forceinline__ void update_softmax(SoftmaxState& state, float (&s)[kN / 2], float scale_log2,
+                                               float (&factor)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float tile_max = fmaxf(s[2 * half], s[2 * half + 1]);
@@ -439,13 +446,16 @@ __device__ __forceinline__ void update_softmax(SoftmaxState& state, float (&s)[k
 template <typename T, int kN>
 __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16][4], const float (&s)[kN / 2]) {
 #pragma unroll
-  for (int i = 0; i < (kN + 15) / 16 * 4; ++i) p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
+  for (int i = 0; i < (kN + 15) / 16 * 4; ++i)
+    p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
 }
 
-// tokens: of the thread's two rows, -1 where there is none. O / row_sum to global memory, 16 bytes a thread: quads transpose 4x4 registers, so that four lanes hold 64 contiguous bytes.
+// tokens: of the thread's two rows, -1 where there is none. O / row_sum to global memory, 16 bytes a thread: quads
+// transpose 4x4 registers, so that four lanes hold 64 contiguous bytes.
 template <typename Config>
-__device__ __forceinline__ void store_output(const ForwardParams& params, const SoftmaxState& state, const float (&o)[Config::kDim / 2],
-                                             const int32_t (&tokens)[2], int32_t head, int lane) {
+__device__ __forceinline__ void store_output(const ForwardParams& params, const SoftmaxState& state,
+                                             const float (&o)[Config::kDim / 2], const int32_t (&tokens)[2], int32_t head,
+                                             int lane) {
   using T = typename Config::T;
   const int q = lane % 4;
 #pragma unroll
@@ -466,16 +476,28 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
       // After both exchanges lane q holds what lanes 0..3 had in r[q].
       uint32_t send = q & 1 ? r[0] : r[1];
       uint32_t got = __shfl_xor_sync(~0u, send, 1);
-      if (q & 1) r[0] = got; else r[1] = got;
+      if (q & 1)
+        r[0] = got;
+      else
+        r[1] = got;
       send = q & 1 ? r[2] : r[3];
       got = __shfl_xor_sync(~0u, send, 1);
-      if (q & 1) r[2] = got; else r[3] = got;
+      if (q & 1)
+        r[2] = got;
+      else
+        r[3] = got;
       send = q & 2 ? r[0] : r[2];
       got = __shfl_xor_sync(~0u, send, 2);
-      if (q & 2) r[0] = got; else r[2] = got;
+      if (q & 2)
+        r[0] = got;
+      else
+        r[2] = got;
       send = q & 2 ? r[1] : r[3];
       got = __shfl_xor_sync(~0u, send, 2);
-      if (q & 2) r[1] = got; else r[3] = got;
+      if (q & 2)
+        r[1] = got;
+      else
+        r[3] = got;
       if (token >= 0) *reinterpret_cast<uint4*>(out + 32 * block + 8 * q) = make_uint4(r[0], r[1], r[2], r[3]);
     }
     if (token >= 0 && q == 0 && params.lse != nullptr) {
@@ -539,7 +561,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     const auto pass_turn = [&]() {
       if constexpr (Config::kTakeTurns) named_barrier_arrive(1 + (wg + 1 == Config::kConsumers ? 0 : wg + 1), 256);
     };
-    // Passes over tiles outside this warpgroup's windows, up to tile `end`. True if there is another one, now loaded, at k_at.
+    // Passes over tiles outside this warpgroup's windows, up to tile `end`. True if there is another one, now loaded, at
+    // k_at.
     const auto find_tile = [&](int end, bool values_too) {
       while (k_tile < end) {
         if (values_too) drain_v(k_tile);
@@ -557,8 +580,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       if (lane < 16) warp_rows[lane] = describe_row(params, item, record.row_offset[64 * member + 16 * warp + lane]);
       __syncwarp();
     };
-    // Masks of the thread's rows for the tile at k_at; false if all rows of the warp see every key. The part of the outer axes is
-    // kept, since tiles vary fastest along the innermost.
+    // Masks of the thread's rows for the tile at k_at; false if all rows of the warp see every key. The part of the outer
+    // axes is kept, since tiles vary fastest along the innermost.
     uint32_t mask[2][kWords], outer_mask[2][kWords];
     int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
     const auto read_mask = [&]() {
@@ -592,7 +615,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     };
     const auto v_descriptor = [&]() {
       return descriptor_mn_major<Config::kRowBytes>(smem_address(smem.v[ring][v_at.slot]),
-                                                     16 * Config::kSteps * Config::kRowBytes);
+                                                    16 * Config::kSteps * Config::kRowBytes);
     };
 
     SoftmaxState state;
@@ -693,7 +716,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
   }
 }
 
-// Allows a kernel kBytes of dynamic shared memory on the current device, once per device. Null on success, else what failed.
+// Allows a kernel kBytes of dynamic shared memory on the current device, once per device. Null on success, else what
+// failed.
 template <const auto& kKernel, int kBytes>
 const char* allow_shared_memory() {
   static std::atomic<uint64_t> allowed{0};  // a bit per device

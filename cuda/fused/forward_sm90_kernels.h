@@ -1,9 +1,9 @@
-// The forward kernels that exist: index in kForwardKernels (plan_sm90.h) -> configuration -> launch. One .cu per head dimension
-// instantiates them, so that they compile side by side.
+// The forward kernels that exist: index in kForwardKernels (plan_sm90.h) -> configuration -> launch. One .cu per head
+// dimension instantiates them, so that they compile side by side.
 #pragma once
 
-#include "forward_small_sm90.h"
 #include "forward_sm90.h"
+#include "forward_small_sm90.h"
 #include "plan_sm90.h"
 
 namespace jax_na::hopper {
@@ -46,14 +46,14 @@ const char* launch_config(const ForwardParams& params, int32_t num_sms, cudaStre
 template <int kKernel>
 const char* launch_forward_kernel(DType dtype, const ForwardParams& params, int32_t num_sms, cudaStream_t stream);
 
-#define JAX_NA_INSTANTIATE_FORWARD(kKernel)                                                                        \
-  static_assert(config_matches<ForwardKernel<__half, kKernel>>(kForwardKernels[kKernel]),                          \
-                "kForwardKernels and ForwardKernel disagree");                                                     \
-  template <>                                                                                                      \
-  const char* launch_forward_kernel<kKernel>(DType dtype, const ForwardParams& params, int32_t num_sms,            \
-                                             cudaStream_t stream) {                                                \
-    return dtype == DType::kF16 ? launch_config<ForwardKernel<__half, kKernel>>(params, num_sms, stream)           \
-                                : launch_config<ForwardKernel<__nv_bfloat16, kKernel>>(params, num_sms, stream);   \
+#define JAX_NA_INSTANTIATE_FORWARD(kKernel)                                                                      \
+  static_assert(config_matches<ForwardKernel<__half, kKernel>>(kForwardKernels[kKernel]),                        \
+                "kForwardKernels and ForwardKernel disagree");                                                   \
+  template <>                                                                                                    \
+  const char* launch_forward_kernel<kKernel>(DType dtype, const ForwardParams& params, int32_t num_sms,          \
+                                             cudaStream_t stream) {                                              \
+    return dtype == DType::kF16 ? launch_config<ForwardKernel<__half, kKernel>>(params, num_sms, stream)         \
+                                : launch_config<ForwardKernel<__nv_bfloat16, kKernel>>(params, num_sms, stream); \
   }
 
 }  // namespace jax_na::hopper

@@ -54,9 +54,7 @@ class Case:
     def inputs(self, dtype: Any, seed: int = 0) -> Inputs:
         """Normal random operands, numpy arrays rounded to ``dtype``."""
         rng = np.random.default_rng(seed)
-        return Inputs(
-            **{n: rng.standard_normal(s, np.float32).astype(jnp.dtype(dtype)) for n, s in self.shapes().items()}
-        )
+        return Inputs(**{n: rng.standard_normal(s, np.float32).astype(jnp.dtype(dtype)) for n, s in self.shapes().items()})
 
     def cotangents(self, dtype: Any, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Full-size random cotangents of out and lse."""
@@ -121,7 +119,16 @@ SHORT = tuple(
     case
     for case in CASES
     if case.name
-    in ("1d-causal", "1d-extra", "2d-nat", "2d-stride-dilated-causal", "2d-mqa-dv", "2d-d128", "3d-causal-time", "3d-dilated")
+    in (
+        "1d-causal",
+        "1d-extra",
+        "2d-nat",
+        "2d-stride-dilated-causal",
+        "2d-mqa-dv",
+        "2d-d128",
+        "3d-causal-time",
+        "3d-dilated",
+    )
 )
 
 

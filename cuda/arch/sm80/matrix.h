@@ -4,8 +4,8 @@
 //   A [16 rows x 32 bytes]  a[0] row g, word q; a[1] row g + 8, word q; a[2] row g, word q + 4; a[3] row g + 8, word q + 4.
 //   B [32 bytes x 8 cols]   b[0] column g, word q; b[1] column g, word q + 4.
 //   C [16 rows x 8 cols]    c[0], c[1] row g, columns 2q, 2q + 1; c[2], c[3] row g + 8, the same columns.
-// A word is two consecutive 16-bit elements, or one float32 rounded to TF32. So load_matrix_x4 of rows that are contiguous along
-// the reduction axis yields A and B for every element type.
+// A word is two consecutive 16-bit elements, or one float32 rounded to TF32. So load_matrix_x4 of rows that are contiguous
+// along the reduction axis yields A and B for every element type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,8 @@
 
 namespace jax_na::sm80 {
 
-// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8. Result i, lane 4g + q: row g, word q of matrix i.
+// Four 8 x 16-byte matrices; lane l gives the address of row l % 8 of matrix l / 8. Result i, lane 4g + q: row g, word q of
+// matrix i.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
