@@ -7,6 +7,9 @@ comma := ,
 GPU_EXTRA := $(if $(HAS_GPU),$(comma)cuda)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda jax_na flax_layers -type f -not -name '*.pyc' 2>/dev/null)
 
+# Import what was installed, CUDA lane included, not the checkout that the command runs in.
+INSTALLED := PYTHONSAFEPATH=1
+
 .PHONY: demo test parity lint cuda clean
 
 # A script, not -m: so that the installed package with its CUDA lane is imported, not the checkout.
@@ -14,11 +17,11 @@ demo: .venv-demo/installed
 	.venv-demo/bin/python examples/demo.py
 
 test: .venv-test/installed
-	.venv-test/bin/python -m pytest -n 2 tests
+	$(INSTALLED) .venv-test/bin/python -m pytest -n 2 tests
 
 # The models beside PyTorch models written by others, with the same random weights.
 parity: .venv-parity/installed
-	.venv-parity/bin/python -m pytest tests/flax_layers/test_parity.py
+	$(INSTALLED) .venv-parity/bin/python -m pytest tests/flax_layers/test_parity.py
 
 lint: .venv-lint/installed
 	.venv-lint/bin/ruff check .
@@ -28,8 +31,8 @@ lint: .venv-lint/installed
 
 # The CUDA lane on a machine with nvcc (no GPU needed to build it), and the tests of its lowering.
 cuda: .venv-cuda/installed
-	.venv-cuda/bin/python -c "import jax_na; print(jax_na.cuda_status())"
-	.venv-cuda/bin/python -m pytest tests/test_cuda_lowering.py
+	$(INSTALLED) .venv-cuda/bin/python -c "import jax_na; print(jax_na.cuda_status())"
+	$(INSTALLED) .venv-cuda/bin/python -m pytest tests/test_cuda_lowering.py
 
 .venv-demo/installed: EXTRAS = demo
 .venv-test/installed: EXTRAS = test

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.problems import NEIGHBOURS, PROBLEMS, bound_ms, useful_flop
@@ -131,7 +132,14 @@ def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
     return result
 
 
-def run_rows(implementations: list[str], problems: str, dtypes: list[str], neighbours: bool) -> list[dict[str, Any]]:
+def run_rows(
+    implementations: list[str],
+    problems: str,
+    dtypes: list[str],
+    neighbours: bool,
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Time every problem; ``keep`` is handed the rows so far after each, so that a round cut short loses only its last problem."""
     import jax.numpy as jnp
 
     from benchmarks.measure import input_sets, time_case
@@ -178,7 +186,7 @@ def run_rows(implementations: list[str], problems: str, dtypes: list[str], neigh
                         f"{value['ms'] / bound:8.2f} {value['max_error']:8.1e}",
                         flush=True,
                     )
-    return rows
+            keep(rows)
 
 
 def versions() -> dict[str, str]:
@@ -239,11 +247,15 @@ def main() -> int:
         print(f"{name}:", result[name], flush=True)
         save()
     if "rows" not in arguments.skip:
-        rows = run_rows(arguments.implementations, arguments.problems, arguments.dtypes, arguments.neighbours)
-        measured = {(r["problem"], r["dtype"], r["implementation"]) for r in rows}
-        kept = [r for r in result.get("rows", []) if (r["problem"], r["dtype"], r["implementation"]) not in measured]
-        result["rows"] = kept + rows
-        save()
+        before = result.get("rows", [])
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            measured = {(r["problem"], r["dtype"], r["implementation"]) for r in rows}
+            kept = [r for r in before if (r["problem"], r["dtype"], r["implementation"]) not in measured]
+            result["rows"] = kept + rows
+            save()
+
+        run_rows(arguments.implementations, arguments.problems, arguments.dtypes, arguments.neighbours, keep)
     tests, sanitizer = result.get("tests", {}), result.get("sanitizer", {})
     fuzz_failed = any(x["failed"] for x in result.get("fuzz", {}).values())
     bad = (

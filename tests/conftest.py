@@ -1,8 +1,13 @@
 """Eight CPU devices, so that sharding is tested everywhere; skips for machines without a GPU."""
 
 import os
+import pathlib
+import sys
 
 import pytest
+
+# For `benchmarks`, which is not installed; last, so that an installed jax_na with its CUDA lane comes before the checkout.
+sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent))
 
 if "PYTEST_XDIST_WORKER" in os.environ and "JAX_NA_SPREAD_OVER_GPUS" in os.environ:
     # Workers take turns among the GPUs of a machine: "JAX_NA_SPREAD_OVER_GPUS=4".
