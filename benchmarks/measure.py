@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_na import _primitives
 from jax_na._spec import Inputs, Spec
@@ -57,17 +58,26 @@ def backward(spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array
 
 
 def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], count: int, repeats: int = 7) -> float:
-    """Median milliseconds of one call of ``function``: ``count`` calls on rotating argument sets in one program, so that the
-    device runs them back to back and the host's dispatch disappears."""
-    program = jax.jit(lambda sets: [function(*args) for args in sets])
-    sets = sets[:count]
-    jax.block_until_ready(program(sets))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    """Milliseconds of one call of ``function`` on the device: the median time of a program of ``count + 1`` calls on rotating
+    argument sets, less that of a program of one call, so that the host's dispatch disappears."""
+
+    def calls(number: int) -> Callable[..., Any]:
+        def program(sets: list[tuple[Any, ...]]) -> list[Any]:
+            # The index in the barrier makes every call another one: equal calls would be merged.
+            return [function(*lax.optimization_barrier((sets[i % len(sets)], i))[0]) for i in range(number)]
+
+        return jax.jit(program)
+
+    programs = (calls(1), calls(count + 1))
+    times: tuple[list[float], list[float]] = ([], [])
+    for program in programs:
         jax.block_until_ready(program(sets))
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times) / len(sets)
+    for _ in range(repeats):
+        for program, spent in zip(programs, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(program(sets))
+            spent.append(time.perf_counter() - start)
+    return 1e3 * (statistics.median(times[1]) - statistics.median(times[0])) / count
 
 
 def input_sets(case: Case, dtype: Any) -> list[tuple[Inputs, Array]]:
@@ -83,11 +93,11 @@ def time_case(
 ) -> dict[str, dict[str, float]]:
     """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem; ``expected_ms`` of a forward sets how many calls are timed."""
     spec = case.spec(implementation=implementation)
-    count = int(np.clip(_TARGET_MS / expected_ms, 1, len(sets)))
-    residuals = [jax.jit(functools.partial(forward, spec))(inputs) for inputs, _ in sets[:count]]
+    count = int(np.clip(_TARGET_MS / expected_ms, 1, 64))
+    residuals = [jax.jit(functools.partial(forward, spec))(inputs) for inputs, _ in sets]
     out, lse = residuals[0]
     fwd_ms = device_ms(functools.partial(forward, spec), [(inputs,) for inputs, _ in sets], count)
-    backward_sets = [(inputs, *values, grad) for (inputs, grad), values in zip(sets, residuals, strict=False)]
+    backward_sets = [(inputs, *values, grad) for (inputs, grad), values in zip(sets, residuals, strict=True)]
     bwd_ms = device_ms(functools.partial(backward, spec), backward_sets, count)
     grads = jax.jit(functools.partial(backward, spec))(*backward_sets[0])
     inputs, grad_out = sets[0]
