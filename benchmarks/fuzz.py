@@ -17,8 +17,15 @@ from typing import Any
 
 import numpy as np
 
-# Largest error relative to the largest exact value. float32 is TF32 at JAX's default precision, float32* full precision.
+# Largest error relative to the largest exact value. float32 is TF32 at JAX's default precision, float32* full precision. Where the
+# exact value is a sum that cancels (the gradient of a small bias), what rounding the operands alone does is allowed four times.
 LIMITS = {"float32": 4e-3, "float32*": 3e-5, "float16": 4e-3, "bfloat16": 2.5e-2}
+
+
+def round_to_tf32(array: Any) -> Any:
+    """Round float32 to the 10 bits of mantissa that tensor cores read."""
+    bits = np.asarray(array, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float, str]]:
@@ -27,6 +34,7 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
     from jax import lax
 
     from jax_na import _backends, _primitives
+    from jax_na._spec import Inputs
     from jax_na.testing import oracle
     from jax_na.testing.cases import random_case
     from jax_na.testing.numerics import relative_error
@@ -61,6 +69,13 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
             expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
             errors = {n: relative_error(actual[n], expected[n]) for n in actual if expected[n] is not None}
             worst = max(errors, key=errors.__getitem__)
+            if kind == "float32" and errors[worst] > LIMITS[kind]:
+                rounded = Inputs(*(None if x is None else round_to_tf32(x) for x in inputs))
+                plain = oracle.attention(case.spec(), rounded, None, round_to_tf32(grad_out), grad_lse)
+                values = {"out": plain.out, "lse": plain.lse, **(plain.grads or truth.grads)._asdict()}
+                allowed = {n: max(LIMITS[kind], 4 * relative_error(values[n], expected[n])) for n in errors}
+                worst = max(errors, key=lambda n: errors[n] / allowed[n])
+                errors[worst] *= LIMITS[kind] / allowed[worst]
             results.append((seed, kind, errors[worst], f"{worst} of {case}"))
         except Exception as error:
             results.append((seed, kind, float("inf"), f"{type(error).__name__}: {str(error)[:200]} in {case}"))
