@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from benchmarks.problems import bound_ms
 from jax_na import _primitives
 from jax_na._spec import Inputs, Spec
 from jax_na._window import visible
@@ -21,9 +21,10 @@ from jax_na.testing.numerics import relative_error
 
 Array = Any
 
-# Inputs rotate among sets that together exceed the 60 MB of L2, as they would in a model.
+# Inputs rotate among sets that together exceed the 60 MB of L2, as they would in a model; and a program, which calls once on every
+# set, takes so long that the host has dispatched the next one meanwhile.
 _ROTATION_BYTES = 256 << 20
-_LARGE_BYTES = 2 << 30  # one set of such inputs does not fit L2 anyway
+_PROGRAM_MS = 1.0
 _TARGET_MS = 20.0
 
 
@@ -57,34 +58,32 @@ def backward(spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array
     )
 
 
-def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], count: int, repeats: int = 7) -> float:
-    """Milliseconds of one call of ``function`` on the device: the median time of a program of ``count + 1`` calls on rotating
-    argument sets, less that of a program of one call, so that the host's dispatch disappears."""
+def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], expected_ms: float, repeats: int = 7) -> float:
+    """Milliseconds of one call of ``function`` on the device.
 
-    def calls(number: int) -> Callable[..., Any]:
-        def program(sets: list[tuple[Any, ...]]) -> list[Any]:
-            # The index in the barrier makes every call another one: equal calls would be merged.
-            return [function(*lax.optimization_barrier((sets[i % len(sets)], i))[0]) for i in range(number)]
+    One program calls it once on every argument set (equal calls of one program would be merged by XLA). Running the program
+    several times without waiting keeps the device's queue full; less one run, what the host does before and after disappears.
+    """
+    program = jax.jit(lambda sets: [function(*arguments) for arguments in sets])
+    runs = 1 + int(np.clip(_TARGET_MS / (expected_ms * len(sets)), 1, 64))
 
-        return jax.jit(program)
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        results = [program(sets) for _ in range(count)]
+        jax.block_until_ready(results[-1])
+        return time.perf_counter() - start
 
-    programs = (calls(1), calls(count + 1))
-    times: tuple[list[float], list[float]] = ([], [])
-    for program in programs:
-        jax.block_until_ready(program(sets))
-    for _ in range(repeats):
-        for program, spent in zip(programs, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(program(sets))
-            spent.append(time.perf_counter() - start)
-    return 1e3 * (statistics.median(times[1]) - statistics.median(times[0])) / count
+    seconds(2)
+    pairs = [(seconds(1), seconds(runs)) for _ in range(repeats)]
+    one, many = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return 1e3 * (many - one) / ((runs - 1) * len(sets))
 
 
 def input_sets(case: Case, dtype: Any) -> list[tuple[Inputs, Array]]:
     """Operands and cotangents to rotate among."""
     first = random_inputs(case, dtype, 0)
     set_bytes = 2 * sum(x.nbytes for x in first[0] if x is not None)
-    count = int(np.clip(_ROTATION_BYTES // set_bytes, 2, 48)) if set_bytes < _LARGE_BYTES else 1
+    count = int(np.clip(max(_ROTATION_BYTES / set_bytes, _PROGRAM_MS / bound_ms(case, False)), 1, 48))
     return [first, *(random_inputs(case, dtype, seed) for seed in range(1, count))]
 
 
@@ -93,12 +92,11 @@ def time_case(
 ) -> dict[str, dict[str, float]]:
     """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem; ``expected_ms`` of a forward sets how many calls are timed."""
     spec = case.spec(implementation=implementation)
-    count = int(np.clip(_TARGET_MS / expected_ms, 1, 64))
     residuals = [jax.jit(functools.partial(forward, spec))(inputs) for inputs, _ in sets]
     out, lse = residuals[0]
-    fwd_ms = device_ms(functools.partial(forward, spec), [(inputs,) for inputs, _ in sets], count)
+    fwd_ms = device_ms(functools.partial(forward, spec), [(inputs,) for inputs, _ in sets], expected_ms)
     backward_sets = [(inputs, *values, grad) for (inputs, grad), values in zip(sets, residuals, strict=True)]
-    bwd_ms = device_ms(functools.partial(backward, spec), backward_sets, count)
+    bwd_ms = device_ms(functools.partial(backward, spec), backward_sets, 3 * expected_ms)
     grads = jax.jit(functools.partial(backward, spec))(*backward_sets[0])
     inputs, grad_out = sets[0]
     return {
