@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax_na.testing.cases import SHORT, Case
 
 
 def main(implementations: list[str]) -> None:
-    ran = 0
+    ran, start = 0, time.time()
     for implementation in implementations:
         for case in SHORT:
             for dtype in (jnp.bfloat16, jnp.float32):
@@ -29,6 +30,7 @@ def main(implementations: list[str]) -> None:
                 grads = backward(spec, inputs, out, lse, jnp.asarray(case.cotangents(dtype)[0]))
                 jax.block_until_ready((out, lse, grads))
                 ran += 1
+                print(f"{time.time() - start:6.1f} s {implementation} {case.name} {jnp.dtype(dtype)}", flush=True)
     print(f"all cases ran: {ran}")
 
 
