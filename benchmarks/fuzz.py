@@ -22,12 +22,6 @@ import numpy as np
 LIMITS = {"float32": 4e-3, "float32*": 3e-5, "float16": 4e-3, "bfloat16": 2.5e-2}
 
 
-def round_to_tf32(array: Any) -> Any:
-    """Round float32 to the 10 bits of mantissa that tensor cores read."""
-    bits = np.asarray(array, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
 def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float, str]]:
     """(seed, dtype, worst error or infinity, what) of each problem that the implementation serves."""
     import jax
@@ -37,7 +31,7 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
     from jax_na._spec import Inputs
     from jax_na.testing import oracle
     from jax_na.testing.cases import random_case
-    from jax_na.testing.numerics import relative_error
+    from jax_na.testing.numerics import relative_error, round_to_tf32
 
     results = []
     for seed in seeds:

@@ -92,8 +92,8 @@ def run_fuzz(implementations: list[str], count: int) -> dict[str, Any]:
 def sanitize(tool: str, *cases: str) -> tuple[int, str]:
     """Exit status (9: the tool found errors) and output of the cases under a tool of compute-sanitizer.
 
-    An access past the end of a buffer is seen only if the buffer is an allocation of its own, so not in XLA's default pool; a control
-    shows that it is seen with this allocator. Without the filter XLA's own kernels are checked too.
+    An access past the end of a buffer is seen only if the buffer is an allocation of its own, so not in XLA's default pool; a
+    control shows that it is seen with this allocator. Without the filter XLA's own kernels are checked too.
     """
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     environment = os.environ | {
