@@ -38,8 +38,8 @@ def same_precision(
 ) -> tuple[tuple[Array, Array], Inputs]:
     """The definition in the inputs' own precision, weights rounded to it: values and gradients.
 
-    Recomputing kernels subtract ``delta = sum(out * grad_out)`` from products of rounded operands. Where tensor cores read float32 as
-    TF32 this noise is added to ``grad_lse``, which enters the gradients at the same place.
+    Recomputing kernels subtract ``delta = sum(out * grad_out)`` from products of rounded operands. Where tensor cores read
+    float32 as TF32 this noise is added to ``grad_lse``, which enters the gradients at the same place.
     """
     if inputs.query.dtype == jnp.float32 and spec.precision == jax.lax.Precision.DEFAULT and jax.default_backend() == "gpu":
         out = np.asarray(_definition.attention(spec, inputs, halo)[0])
