@@ -18,6 +18,7 @@ jax_na::Problem read_problem(const int32_t* v) {
   for (int a = 0; a < jax_na::kMaxRank; ++a) {
     const int32_t* x = v + 7 + 6 * a;
     p.axis[a] = jax_na::Axis{x[0], x[1], x[2], x[3], x[4], x[5]};
+    if (x[0] != x[1]) p.sharded = 1;
   }
   return p;
 }

@@ -76,6 +76,28 @@ extern "C" const char* check_plan(const int32_t* axes, int32_t rank, int32_t dim
   return error.c_str();
 }
 
+// axes: [rank, 6] query and key lengths, windows, strides, dilations, causal, of a shard. plan: units, grids, key boxes.
+// Returns the key tiles that consumers multiply, per head.
+extern "C" double plan_shard(const int32_t* axes, int32_t rank, int32_t dim, int32_t* plan) {
+  Problem problem;
+  problem.rank = rank;
+  problem.sharded = 1;
+  problem.dim = problem.dim_v = dim;
+  for (int32_t i = 0; i < rank; ++i) {
+    const int32_t* x = axes + 6 * i;
+    problem.axis[kMaxRank - rank + i] = {x[0], x[1], x[2], x[3], x[4], x[5]};
+  }
+  const ForwardPlan found = plan_forward(problem);
+  for (int a = 0; a < kMaxRank; ++a) {
+    plan[a] = found.unit[a];
+    plan[kMaxRank + a] = found.grid[a];
+    plan[2 * kMaxRank + a] = found.kv_box[a];
+  }
+  const KernelShape& kernel = kForwardKernels[found.kernel];
+  return found.visited * double(problem.q_tokens()) * problem.window_volume() /
+         (kernel.rows_per_consumer() * kernel.num_columns);
+}
+
 extern "C" const char* check_group_axis() {
   static std::string error;
   for (int32_t d = 1; d < 12; ++d) {

@@ -77,6 +77,19 @@ def test_the_union_of_a_tile_is_tight(library, length, window, limit):
     assert library.choose_tile(pointer(as_array(axes, len(length))), 0, 64, 64, pointer(choice)) <= limit
 
 
+@pytest.mark.parametrize("rows_are_keys", [0, 1])
+def test_a_shard_is_not_taken_for_a_short_axis(library, rows_are_keys):
+    """A middle shard of a quarter: 16 of 64 queries and their halo of a 33 wide window. Its tiles see as much as any."""
+    choice = np.zeros(6, np.int32)
+    axes = [(1, 1, 1, 1, 1, 0), (64, 64, 5, 1, 1, 0)]
+    whole, shard = ([*axes, (q, kv, 33, 1, 1, 0)] for q, kv in ((4096, 4096), (16, 48)))
+    columns = [library.choose_tile(pointer(as_array(a, 2)), rows_are_keys, 64, 64, pointer(choice)) for a in (whole, shard)]
+    if rows_are_keys:  # the keys of the halo are seen by some of the 16 queries only
+        assert columns[1] <= 16 * 64
+    else:
+        assert columns[1] == pytest.approx(columns[0], rel=0.1)
+
+
 def test_python_knows_the_size_of_the_workspace(library):
     rng = np.random.default_rng(1)
     for _ in range(200):

@@ -7,7 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from jax_na._spatial import halo_widths
+from jax_na._window import window_bounds
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +26,7 @@ def library(tmp_path_factory):
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'cuda'}", *sources, "-o", target]
     subprocess.run(command, check=True)
     result = ctypes.CDLL(str(target))
+    result.plan_shard.restype = ctypes.c_double
     for name in ("check_plan", "check_group_axis", "check_fast_divisor"):
         getattr(result, name).restype = ctypes.c_char_p
     return result
@@ -70,3 +75,39 @@ def test_plans_of_random_problems(library):
             axes.append((length, window, choose.randint(1, window), dilation, choose.choice([0, 0, 1])))
         dim = choose.choice([32, 64, 128, 256])
         assert plan_error(library, axes, dim) == "", (axes, dim)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "windows", "strides", "causal", "dim"),
+    [
+        ((30, 48, 80), (18, 24, 24), (1, 1, 1), False, 128),
+        ((31, 136, 240), (11, 11, 11), (1, 1, 1), False, 64),
+        ((40, 64), (9, 12), (1, 4), False, 128),
+        ((64, 512), (8, 40), (1, 1), True, 128),
+    ],
+)
+def test_the_plan_of_a_shard_counts_what_a_middle_shard_visits(library, lengths, windows, strides, causal, dim):
+    """The last axis split over four devices: windows of the second shard do not stick at an edge, so none may be costed so."""
+    widths = [(n, 0, 0) for n in lengths[:-1]]
+    widths.append(halo_widths(lengths[-1], 4, windows[-1], strides[-1], 1, causal))
+    axes = [
+        (block, left + block + right, window, stride, 1, int(causal))
+        for (block, left, right), window, stride in zip(widths, windows, strides, strict=True)
+    ]
+    flat = [value for axis in axes for value in axis]
+    plan = np.zeros(9, np.int32)
+    pointer = plan.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    counted = library.plan_shard((ctypes.c_int32 * len(flat))(*flat), len(axes), dim, pointer)
+    visits = 1
+    for axis, (length, window, stride) in enumerate(zip(lengths, windows, strides, strict=True), 3 - len(lengths)):
+        unit, grid, kv_box = (int(plan[i + axis]) for i in (0, 3, 6))
+        block = widths[axis - 3][0]
+        query = np.arange(block) + (block if block < length else 0)
+        begin, end = window_bounds(query, length, window, stride, causal, np)
+        on_axis = 0
+        for first in range(0, block, unit * grid):
+            for start in range(first, min(first + unit * grid, block), unit):
+                last = min(start + unit, block) - 1
+                on_axis += -(-(end[last] - begin[first]) // kv_box) - (begin[start] - begin[first]) // kv_box
+        visits *= on_axis
+    assert counted == pytest.approx(visits, rel=1e-6)

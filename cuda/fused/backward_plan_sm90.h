@@ -2,7 +2,7 @@
 //
 // The number of inner boxes a tile visits is a product over the axes, so its sum over all tiles is a product of sums per
 // axis, and each of these depends on one outer and one inner box length only. Exact at the edges of the axes (the ranges
-// come from the window rule and its inverse); a shard is costed as if it were the whole tensor.
+// come from the window rule and its inverse).
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 
 #include "../common/problem.h"
 #include "backward_sm90.h"
+#include "planned_queries.h"
 
 namespace jax_na::hopper {
 
@@ -31,17 +32,24 @@ struct AxisVisits {
 };
 
 template <BackwardPass kPass>
-AxisVisits axis_visits(const Axis& axis, int32_t outer_box, int32_t inner_box) {
-  const int32_t total = std::max(axis.q_len, axis.kv_len);
+AxisVisits axis_visits(const Axis& axis, bool sharded, int32_t outer_box, int32_t inner_box) {
   AxisVisits sum;
   for (int32_t longer = 0; longer < 2; ++longer) {
-    const int32_t num_longer = total % axis.dilation;
+    const int32_t num_longer = axis.kv_len % axis.dilation;
     const int32_t groups = longer ? num_longer : axis.dilation - num_longer;
-    const int32_t length = total / axis.dilation + longer;
+    const int32_t length = axis.kv_len / axis.dilation + longer;
     if (groups == 0 || length == 0) continue;
-    for (int32_t first = 0; first < length; first += outer_box) {
-      const int32_t last = std::min(first + outer_box, length) - 1;
-      const Interval low = inner_of_outer<kPass>(axis, length, first), high = inner_of_outer<kPass>(axis, length, last);
+    const PlannedQueries queries = planned_queries(axis, sharded, length);
+    const Interval query_side{queries.first, queries.first + queries.count}, key_side{0, length};
+    const Interval outer = kPass == BackwardPass::kKeys ? key_side : query_side;
+    const Interval inner = kPass == BackwardPass::kKeys ? query_side : key_side;
+    const auto needs = [&](int32_t i) {
+      const Interval all = inner_of_outer<kPass>(axis, length, i);
+      return Interval{std::max(all.begin, inner.begin), std::min(all.end, inner.end)};
+    };
+    for (int32_t first = outer.begin; first < outer.end; first += outer_box) {
+      const int32_t last = std::min(first + outer_box, outer.end) - 1;
+      const Interval low = needs(first), high = needs(last);
       const int32_t boxes = (std::max(high.end - low.begin, 0) + inner_box - 1) / inner_box;
       sum.tiles += groups;
       sum.boxes += double(groups) * boxes;
@@ -90,7 +98,7 @@ BackwardBoxes choose_backward_boxes(const Problem& problem, const BackwardRegime
   std::array<std::map<std::pair<int32_t, int32_t>, AxisVisits>, kMaxRank> memo;
   const auto visits = [&](int a, int32_t outer, int32_t inner) -> const AxisVisits& {
     const auto [entry, fresh] = memo[a].try_emplace({outer, inner});
-    if (fresh) entry->second = axis_visits<kPass>(problem.axis[a], outer, inner);
+    if (fresh) entry->second = axis_visits<kPass>(problem.axis[a], problem.sharded != 0, outer, inner);
     return entry->second;
   };
   constexpr bool kKeysPass = kPass == BackwardPass::kKeys;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "geometry.h"
+#include "planned_queries.h"
 
 namespace jax_na::hopper {
 namespace {
@@ -26,28 +27,28 @@ struct AxisCost {
 
 int32_t tokens_per_group(int32_t length, int32_t dilation) { return (length + dilation - 1) / dilation; }
 
-// consumers: boxes of q_box queries that follow one another on this axis. Shards: the local lengths stand for the global
-// one. Where its tiles lie on the global axis is not known here: `widest` is then a bound (leaders of m consecutive queries
-// lie at most m - 1 + stride - 1 apart).
+// consumers: boxes of q_box queries that follow one another on this axis. Where a shard's tiles lie on the global axis is
+// not known here: `widest` is then a bound (leaders of m consecutive queries lie at most m - 1 + stride - 1 apart).
 AxisCost axis_cost(const Axis& axis, bool sharded, int32_t q_box, int32_t consumers, int32_t kv_box) {
   AxisCost total;
   const int32_t long_groups = axis.kv_len % axis.dilation;
   for (int kind = 0; kind < 2; ++kind) {
     const int32_t groups = kind == 0 ? long_groups : axis.dilation - long_groups;
     const int32_t length = axis.kv_len / axis.dilation + (kind == 0 ? 1 : 0);
-    const int32_t queries = std::min(length, tokens_per_group(axis.q_len, axis.dilation));
+    const PlannedQueries queries = planned_queries(axis, sharded, length);
+    const int32_t queries_end = queries.first + queries.count;
     if (groups == 0) continue;
     AxisCost sum;
-    for (int32_t first = 0; first < queries; first += q_box * consumers) {
-      const int32_t last = std::min(first + q_box * consumers, queries) - 1;
+    for (int32_t first = queries.first; first < queries_end; first += q_box * consumers) {
+      const int32_t last = std::min(first + q_box * consumers, queries_end) - 1;
       const int32_t begin = keys_of_query(axis, length, first).begin;
       const int32_t end = keys_of_query(axis, length, last).end;
       sum.tiles += 1;
       sum.loads += (end - begin + kv_box - 1) / kv_box;
       for (int32_t w = 0; w < consumers; ++w) {
         const int32_t w_first = first + w * q_box;
-        if (w_first >= queries) break;
-        const int32_t w_last = std::min(w_first + q_box, queries) - 1;
+        if (w_first >= queries_end) break;
+        const int32_t w_last = std::min(w_first + q_box, queries_end) - 1;
         const Interval low = keys_of_query(axis, length, w_first);
         const Interval high = keys_of_query(axis, length, w_last);
         total.widest = std::max(total.widest, high.end - low.begin);

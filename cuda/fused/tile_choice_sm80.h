@@ -13,6 +13,7 @@
 
 #include "../common/problem.h"
 #include "../common/window.h"
+#include "planned_queries.h"
 
 namespace jax_na::fused {
 
@@ -24,20 +25,23 @@ struct TileChoice {
 };
 
 // Average extent of the union of `size` neighbouring rows of one axis, over the tiles of its first dilation group.
-inline double average_extent(const Axis& axis, int32_t size, bool rows_are_keys) {
-  const int32_t length = group_length(axis.q_len, axis.dilation, 0);
+inline double average_extent(const Axis& axis, bool sharded, int32_t size, bool rows_are_keys) {
+  const int32_t length = group_length(axis.kv_len, axis.dilation, 0);
   const int32_t window = std::min(axis.window, length), stride = std::min(axis.stride, window);
-  const int32_t tiles = (length + size - 1) / size;
+  const PlannedQueries queries = planned_queries(axis, sharded, length);
+  const Interval query_side{queries.first, queries.first + queries.count}, key_side{0, length};
+  const Interval rows = rows_are_keys ? key_side : query_side, cols = rows_are_keys ? query_side : key_side;
+  const int32_t tiles = (rows.end - rows.begin + size - 1) / size;
   const int32_t step = std::max(1, tiles / 64);  // a sample is enough: the tiles in the middle are alike
   double sum = 0;
   int32_t count = 0;
   for (int32_t tile = 0; tile < tiles; tile += step) {
-    const int32_t first = tile * size, last = std::min(first + size, length) - 1;
+    const int32_t first = rows.begin + tile * size, last = std::min(first + size, rows.end) - 1;
     const auto bounds = [&](int32_t i) {
       return rows_are_keys ? queries_of_key(i, length, window, stride, axis.causal != 0)
                            : keys_of_query(i, length, window, stride, axis.causal != 0);
     };
-    sum += std::min(bounds(last).end, length) - bounds(first).begin;
+    sum += std::max(0, std::min(bounds(last).end, cols.end) - std::max(bounds(first).begin, cols.begin));
     ++count;
   }
   return sum / count;
@@ -56,7 +60,7 @@ inline TileChoice choose_tile(const Problem& problem, bool rows_are_keys, int ro
     groups *= std::min(axis.dilation, len);
     extent[a].push_back(0);
     for (int32_t size = 1; size <= std::min<int32_t>(rows, length[a]); ++size) {
-      extent[a].push_back(average_extent(axis, size, rows_are_keys));
+      extent[a].push_back(average_extent(axis, problem.sharded != 0, size, rows_are_keys));
     }
   }
   TileChoice best;
