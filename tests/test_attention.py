@@ -19,6 +19,7 @@ from jax_na.testing.numerics import relative_error, same_precision, tolerance
 CUDA = [name for name in _backends.IMPLEMENTATIONS if name.startswith("cuda")]
 IMPLEMENTATIONS = [pytest.param("xla"), *(pytest.param(name, marks=pytest.mark.gpu) for name in CUDA)]
 over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+over_dims = pytest.mark.parametrize("dim", [32, *(pytest.param(dim, marks=pytest.mark.gpu) for dim in (64, 128))])
 
 
 def serves_or_says_why(implementation: str, case: Case, inputs: Inputs) -> bool:
@@ -188,8 +189,9 @@ def test_fuzz(seed):
 
 
 @over_implementations
-def test_large_scores_stay_finite(implementation):
-    case = Case("large", (12, 13), (5, 4), dim=32)
+@over_dims
+def test_large_scores_stay_finite(dim, implementation):
+    case = Case("large", (12, 13), (5, 4), dim=dim)
     dtype = jnp.bfloat16 if implementation == "cuda_hopper" else jnp.float32
     inputs = case.inputs(dtype)
     inputs = inputs._replace(query=inputs.query * 100, key=inputs.key * 100)
@@ -211,6 +213,42 @@ def test_nan_outside_every_window_of_a_query_does_not_reach_it(implementation):
     np.testing.assert_array_equal(np.isnan(out).all((0, 3, 4)), reached)
     np.testing.assert_array_equal(np.isnan(out).any((0, 3, 4)), reached)
     np.testing.assert_array_equal(np.isnan(lse).all((0, 3)), reached)
+
+
+@over_implementations
+@over_dims
+@pytest.mark.parametrize("operand", ["query", "key", "value", "grad_out"])
+def test_nan_reaches_nothing_outside_its_windows(operand, dim, implementation):
+    """Values and gradients of tokens that do not see the poisoned one are what they were, also where they share its tile."""
+    # Groups of 6x5 tokens, whose keys lie in one tile of the Hopper backward; or windows that hold a fraction of the axis.
+    case = Case("nan", (12, 10), 5, dilation=2, dim=32) if dim == 32 else Case("nan", (17, 20), (7, 9), dim=dim)
+    dtype = jnp.bfloat16 if implementation == "cuda_hopper" else jnp.float32
+    inputs, (grad_out, grad_lse) = case.inputs(dtype), case.cotangents(dtype)
+    clean_values, clean_grads = values_and_gradients(case, implementation, inputs, (grad_out, grad_lse))
+    head, spot = 1, (0, 3, 4, 1, 5)
+    if operand == "grad_out":
+        grad_out = grad_out.copy()
+        grad_out[spot] = np.nan
+    else:
+        array = getattr(inputs, operand).copy()
+        array[spot] = np.nan
+        inputs = inputs._replace(**{operand: array})
+    values, grads = values_and_gradients(case, implementation, inputs, (grad_out, grad_lse))
+
+    sees = oracle.mask(case.spec(), case.spatial, case.spatial, case.spec().identity_halo(inputs.query))
+    index = 3 * case.spatial[1] + 4
+    one = np.arange(len(sees)) == index
+    queries = sees[:, index] if operand in ("key", "value") else one
+    keys = sees[queries].any(0)
+    clean = {"out": clean_values[0], "lse": clean_values[1], **clean_grads._asdict()}
+    actual = {"out": values[0], "lse": values[1], **grads._asdict()}
+    related = {"out": queries, "lse": queries, "query": queries, "key": keys, "value": keys}
+    spared = {"grad_out": ("out", "lse"), "value": ("lse", "value")}.get(operand, ())  # may or may not be NaN
+    for name, tokens in related.items():
+        where = np.outer(tokens, np.arange(case.heads) == head)
+        found, expected = (np.asarray(x[name], np.float32).reshape(*where.shape, -1) for x in (actual, clean))
+        assert name in spared or np.isnan(found[where]).any(-1).all(), name
+        assert relative_error(found[~where], expected[~where]) < 2e-2, name
 
 
 @over_implementations

@@ -133,6 +133,39 @@ def test_gradients_are_reproducible_when_asked(implementation):
             np.testing.assert_array_equal(one, np.asarray(other).view(np.uint16))
 
 
+@pytest.mark.sm90
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("small", (14, 14), 7, batch=4, heads=4, kv_heads=4),
+        Case("d64", (40, 37), (15, 12), heads=4, kv_heads=2, dim=64),
+        Case("d128", (6, 20, 18), (5, 9, 8), stride=(1, 2, 1), dim=128),
+    ],
+    ids=lambda case: case.name,
+)
+def test_ten_thousand_launches_give_the_same_bits(case):
+    inputs = [case.inputs(jnp.bfloat16, seed) for seed in range(2)]
+    spec = case.spec(implementation="cuda_hopper")
+
+    def bits(inputs):
+        out, lse = _primitives.forward(spec, inputs, spec.identity_halo(inputs.query))
+        return jax.lax.bitcast_convert_type(out, jnp.uint16), jax.lax.bitcast_convert_type(lse, jnp.uint32)
+
+    @jax.jit
+    def count_differing(inputs):
+        first = [bits(one) for one in inputs]
+
+        def step(i, counts):
+            # Two problems in turn: otherwise the call would be the same in every step, and XLA would make it once.
+            operands, expected = jax.tree.map(lambda a, b: jnp.where(i % 2 == 0, a, b), *zip(inputs, first, strict=True))
+            differs = [jnp.any(a != b) for a, b in zip(bits(operands), expected, strict=True)]
+            return counts[0] + jnp.any(jnp.stack(differs)), counts[1] + 1
+
+        return jax.lax.fori_loop(0, 10_000, step, (0, 0))
+
+    assert [int(n) for n in count_differing(inputs)] == [0, 10_000]
+
+
 @over_cuda
 @pytest.mark.xdist_group("memory")  # 40 GB of device memory: one at a time
 def test_offsets_beyond_two_to_the_31(implementation):

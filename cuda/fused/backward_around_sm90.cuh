@@ -1,12 +1,14 @@
 // The two small kernels around the backward mainloop. Before: lse and delta of every query, zeros for dq, and the window
-// rule in tables (the mainloop then has no window arithmetic). After: dq to its own type.
+// rule in tables (the mainloop then has no window arithmetic). After: dq to its own type, and rows next to a NaN again.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../arch/sm90/wgmma.h"
 #include "backward_params_sm90.h"
 #include "geometry.h"
+#include "recompute_sm90.cuh"
 
 namespace jax_na::hopper {
 
@@ -40,7 +42,7 @@ struct PrepareParams {
   float* grad_query_f32;  // [batch, q tokens, heads, dim] to zero, or null
   int64_t num_rows;       // batch * q tokens * heads
   FastDivisor heads, q_tokens;
-  uint32_t* tile_counters;  // one per pass, to zero
+  uint32_t* counters;  // to zero: kNumCounters
   // The window tables: blocks from table_block on.
   uint32_t table_block;
   int32_t rank, sharded;
@@ -50,29 +52,6 @@ struct PrepareParams {
   int2* keys_of_queries;  // [axis][query token], or null
 };
 
-// The inner ordinals [x, y) that outer token x of axis a needs. Tokens of a halo beyond the ends of the global axis need
-// none, but keep both ends non-decreasing along the axis.
-template <BackwardPass kPass>
-__device__ __forceinline__ int2 interval_of_token(const PrepareParams& params, int a, int32_t x) {
-  const Axis& axis = params.axis[a];
-  const int first_axis = kMaxRank - params.rank;
-  Shard shard{0, 0, axis.q_len};
-  if (params.sharded && a >= first_axis) shard = params.halo[a - first_axis];
-  constexpr bool kKeysPass = kPass == BackwardPass::kKeys;
-  const int32_t outer_offset = kKeysPass ? shard.kv_offset : shard.q_offset;
-  int32_t group = (outer_offset + x) % axis.dilation;
-  group += group < 0 ? axis.dilation : 0;
-  const int32_t i = (outer_offset + x - group) / axis.dilation;  // group coordinate
-  const int32_t length = group_length(shard.length, axis.dilation, group);
-  const SideAxis inner =
-      side_axis(kKeysPass ? shard.q_offset : shard.kv_offset, kKeysPass ? axis.q_len : axis.kv_len, axis.dilation, group);
-  if (length == 0) return make_int2(0, 0);
-  Interval seen = inner_of_outer<kPass>(axis, length, min(max(i, 0), length - 1));
-  if (i < 0) seen.end = seen.begin;
-  if (i >= length) seen.begin = seen.end;
-  return make_int2(min(max(seen.begin - inner.base, 0), inner.count), min(max(seen.end - inner.base, 0), inner.count));
-}
-
 template <BackwardPass kPass>
 __device__ __forceinline__ void write_interval(const PrepareParams& params, int2* table, uint32_t row) {
   if (table == nullptr) return;
@@ -80,7 +59,10 @@ __device__ __forceinline__ void write_interval(const PrepareParams& params, int2
   for (int a = 0; a < kMaxRank; ++a) {
     const uint32_t length = kPass == BackwardPass::kKeys ? params.axis[a].kv_len : params.axis[a].q_len;
     if (row < length) {
-      *(table + row) = interval_of_token<kPass>(params, a, row);
+      const int halo_row = a - (kMaxRank - params.rank);
+      const Shard shard = params.sharded && halo_row >= 0 ? params.halo[halo_row] : Shard{0, 0, params.axis[a].q_len};
+      const InnerTokens seen = inner_tokens<kPass>(params.axis[a], shard, row);
+      table[row] = make_int2(seen.begin, seen.end);
       return;
     }
     row -= length;
@@ -92,7 +74,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kAroundThreads) backward_prepare_kernel(const __grid_constant__ PrepareParams params) {
   if (blockIdx.x >= params.table_block) {
     const uint32_t row = (blockIdx.x - params.table_block) * kAroundThreads + threadIdx.x;
-    if (row < 2) params.tile_counters[row] = 0;
+    if (row < kNumCounters) params.counters[row] = 0;
     write_interval<BackwardPass::kKeys>(params, params.queries_of_keys, row);
     write_interval<BackwardPass::kQueries>(params, params.keys_of_queries, row);
     return;
@@ -124,26 +106,66 @@ __global__ void __launch_bounds__(kAroundThreads) backward_prepare_kernel(const 
   }
 }
 
+// What is left to do after the mainloop. dq = scale * float32 sum, in T, by the blocks before repair_block, if there is a
+// sum. Rows with a NaN are computed again: of dq here, of what the mainloop wrote by the blocks that follow, if it found
+// one.
+struct FinishParams {
+  const float* grad_query_f32;  // or null: dq is as the mainloop wrote it
+  RowProblem rows;
+  const uint32_t* nan_found;
+  uint32_t repair_block;
+  int64_t num_chunks;  // of eight channels of dq
+  int64_t num_query_rows, num_key_rows;
+};
+
 template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return __float2bfloat16_rn(x);
+__device__ __forceinline__ bool row_has_nan(const void* tensor, int64_t row, int32_t dim) {
+  return BackwardVector::load<T>(tensor, row, dim).any_nan();
+}
+
+// By a warp: its share of the rows that the mainloop wrote.
+template <typename T>
+__device__ __noinline__ void repair_rows(const FinishParams& params, int64_t first, int64_t step) {
+  const RowProblem& rows = params.rows;
+  for (int64_t row = first; row < params.num_key_rows; row += step) {
+    if (row_has_nan<T>(rows.grad_key, row, rows.dim) || row_has_nan<T>(rows.grad_value, row, rows.dim)) {
+      recompute_grad_key_value<T>(rows, row);
+    }
+  }
+  if (params.grad_query_f32 != nullptr) return;
+  for (int64_t row = first; row < params.num_query_rows; row += step) {
+    if (row_has_nan<T>(rows.grad_query, row, rows.dim)) recompute_grad_query<T>(rows, row);
   }
 }
 
-// dq = scale * float32 sum, in T.
 template <typename T>
-__global__ void __launch_bounds__(kAroundThreads)
-    backward_convert_kernel(const float* __restrict__ sums, T* __restrict__ grad_query, float scale, int64_t num_chunks) {
+__global__ void __launch_bounds__(kAroundThreads, 6) backward_finish_kernel(const __grid_constant__ FinishParams params) {
+  if (blockIdx.x >= params.repair_block) {
+    if (*params.nan_found == 0) return;
+    constexpr int kWarps = kAroundThreads / 32;
+    repair_rows<T>(params, int64_t(blockIdx.x - params.repair_block) * kWarps + threadIdx.x / 32,
+                   int64_t(gridDim.x - params.repair_block) * kWarps);
+    return;
+  }
+  const RowProblem& rows = params.rows;
   const int64_t at = int64_t(blockIdx.x) * kAroundThreads + threadIdx.x;
-  if (at >= num_chunks) return;
-  const float4 a = reinterpret_cast<const float4*>(sums)[2 * at], b = reinterpret_cast<const float4*>(sums)[2 * at + 1];
-  alignas(16) T out[8] = {from_float<T>(a.x * scale), from_float<T>(a.y * scale), from_float<T>(a.z * scale),
-                          from_float<T>(a.w * scale), from_float<T>(b.x * scale), from_float<T>(b.y * scale),
-                          from_float<T>(b.z * scale), from_float<T>(b.w * scale)};
-  reinterpret_cast<uint4*>(grad_query)[at] = *reinterpret_cast<const uint4*>(out);
+  uint32_t kept = 0;
+  if (at < params.num_chunks) {
+    const float4* sums = reinterpret_cast<const float4*>(params.grad_query_f32) + 2 * at;
+    const auto pack = [&](float a, float b) {
+      const uint32_t pair = sm90::pack_pair<T>(a * rows.scale, b * rows.scale);
+      kept = keep_nan<T>(kept, pair);
+      return pair;
+    };
+    const float4 a = sums[0], b = sums[1];
+    static_cast<uint4*>(rows.grad_query)[at] = make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+  }
+  const int lanes = rows.dim / kChannelsPerThread;  // of a row
+  for (uint32_t nan = __ballot_sync(~0u, kept_nan<T>(kept)); nan != 0;) {
+    const int lane = (__ffs(nan) - 1) / lanes * lanes;
+    recompute_grad_query<T>(rows, (at - threadIdx.x % 32 + lane) / lanes);
+    nan &= ~(((1u << lanes) - 1) << lane);
+  }
 }
 
 }  // namespace jax_na::hopper

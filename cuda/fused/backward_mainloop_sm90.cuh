@@ -16,6 +16,7 @@
 #include "../arch/sm90/wgmma.h"
 #include "../arch/sm90/wgmma_first.h"
 #include "backward_params_sm90.h"
+#include "recompute_sm90.cuh"
 
 namespace jax_na::hopper {
 
@@ -433,20 +434,25 @@ __device__ __forceinline__ uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32
 }
 
 // Two rows of fp32 accumulators, times factor, to rows of T; null: no row. out points at this lane's first 16 bytes.
+// nan_found is set if there is a NaN among them.
 template <typename T, int kChannels>
-__device__ __forceinline__ void store_rows(T* const (&out)[2], const float (&acc)[kChannels / 2], float factor) {
+__device__ __forceinline__ void store_rows(T* const (&out)[2], const float (&acc)[kChannels / 2], float factor,
+                                           uint32_t* nan_found) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    uint32_t kept = 0;
 #pragma unroll
     for (int j = 0; j < kChannels / 8; j += 4) {
       uint32_t w[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         w[i] = sm90::pack_pair<T>(acc[4 * (j + i) + 2 * h] * factor, acc[4 * (j + i) + 2 * h + 1] * factor);
+        kept = keep_nan<T>(kept, w[i]);
       }
       const uint4 words = transpose_quad(w[0], w[1], w[2], w[3]);
       if (out[h] != nullptr) *reinterpret_cast<uint4*>(out[h] + 8 * j) = words;
     }
+    if (out[h] != nullptr && kept_nan<T>(kept)) *nan_found = 1;
   }
 }
 
@@ -588,7 +594,7 @@ struct Consumer {
       for (int h = 0; h < 2; ++h) {
         out[h] = target[h].valid ? static_cast<T*>(params.grad_query) + target[h].offset + 8 * quad_lane : nullptr;
       }
-      store_rows<T, C::kDqChannels>(out, acc, params.scale);
+      store_rows<T, C::kDqChannels>(out, acc, params.scale, params.nan_found);
       return;
     }
 #pragma unroll
@@ -628,7 +634,7 @@ struct Consumer {
       const int64_t at = (tile.batch * params.outer_tokens + token) * params.outer_heads.divisor + tile.head;
       out[h] = token >= 0 ? static_cast<T*>(target) + at * C::kDim + 8 * (threadIdx.x % 4) : nullptr;
     }
-    store_rows<T, C::kDim>(out, acc, factor);
+    store_rows<T, C::kDim>(out, acc, factor, params.nan_found);
   }
 
   __device__ __forceinline__ void run() {

@@ -24,6 +24,9 @@ enum class BackwardPass { kKeys, kQueries };
 // dilation group.
 enum class DqOutput : int32_t { kNone, kSum, kFinal };
 
+// The first words of the workspace, zero at the start: tiles handed out per pass; is there a NaN in what was written?
+enum Counter { kKeyTiles, kQueryTiles, kNanFound, kNumCounters };
+
 constexpr int kMaxPrefixRows = 136;  // sum over the axes of inner_box + 1, at most 128 + 1 + 2 + 2
 
 // The local tokens of one dilation group on one axis, of one side: token first + j * dilation has group coordinate base +
@@ -52,6 +55,34 @@ JAX_NA_HOST_DEVICE Interval inner_of_outer(const Axis& axis, int32_t length, int
   } else {
     return keys_of_query(i, length, axis.window, axis.stride, axis.causal != 0);
   }
+}
+
+// The inner tokens that an outer token needs: first + j * dilation, j in [begin, end).
+struct InnerTokens {
+  int32_t first, begin, end;
+};
+
+// Of outer token x on one axis. Tokens of a halo beyond the ends of the global axis need none, but keep both ends
+// non-decreasing along the axis.
+template <BackwardPass kPass>
+JAX_NA_HOST_DEVICE InnerTokens inner_tokens(const Axis& axis, const Shard& shard, int32_t x) {
+  constexpr bool kKeysPass = kPass == BackwardPass::kKeys;
+  const int32_t outer_offset = kKeysPass ? shard.kv_offset : shard.q_offset;
+  int32_t group = (outer_offset + x) % axis.dilation;
+  group += group < 0 ? axis.dilation : 0;
+  const int32_t i = (outer_offset + x - group) / axis.dilation;  // group coordinate
+  const int32_t length = group_length(shard.length, axis.dilation, group);
+  const SideAxis inner =
+      side_axis(kKeysPass ? shard.q_offset : shard.kv_offset, kKeysPass ? axis.q_len : axis.kv_len, axis.dilation, group);
+  if (length == 0) return {inner.first, 0, 0};
+  Interval seen = inner_of_outer<kPass>(axis, length, i < 0 ? 0 : i < length ? i : length - 1);
+  if (i < 0) seen.end = seen.begin;
+  if (i >= length) seen.begin = seen.end;
+  const auto clamp = [&inner](int32_t coordinate) {
+    const int32_t ordinal = coordinate - inner.base;
+    return ordinal < 0 ? 0 : ordinal < inner.count ? ordinal : inner.count;
+  };
+  return {inner.first, clamp(seen.begin), clamp(seen.end)};
 }
 
 struct BackwardAxis {
@@ -96,6 +127,7 @@ struct BackwardParams {
   float* grad_query_f32;  // [batch, q tokens, heads, dim], not yet scaled
   void* grad_outer0;      // dk, or dq in pass kQueries
   void* grad_outer1;      // dv
+  uint32_t* nan_found;    // set where a NaN is written: backward_finish_kernel then looks for its rows
   // prefix[prefix_row + t][q], bit 2 j + e: column 8 j + 2 q + e of an inner box has a coordinate below t on that axis. The
   // columns of lanes with lane % 4 == q that lie in the interval [lo, hi) are therefore prefix[hi] & ~prefix[lo].
   uint4 prefix[kMaxPrefixRows];

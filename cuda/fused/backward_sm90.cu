@@ -106,7 +106,7 @@ Status encode_side(const Problem& problem, DType dtype, const Side& side, const 
 
 // What the passes share.
 struct BackwardMemory {
-  uint32_t* tile_counters;  // per pass
+  uint32_t* counters;  // kNumCounters
   float2* stats;
   int2* queries_of_keys;
   int2* keys_of_queries;
@@ -183,7 +183,8 @@ Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const Ca
   params.scale_log2 = float(problem.scale * kLog2e);
   params.halo = buffers.forward.halo;
   params.num_tiles = uint32_t(num_tiles);
-  params.tile_counter = memory.tile_counters + (keys_pass ? 0 : 1);
+  params.tile_counter = memory.counters + (keys_pass ? kKeyTiles : kQueryTiles);
+  params.nan_found = memory.counters + kNanFound;
   params.intervals = keys_pass ? memory.queries_of_keys : memory.keys_of_queries;
   params.stats = memory.stats;
   params.grad_query = buffers.grad_query;
@@ -251,7 +252,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
 
   char* at = static_cast<char*>(buffers.forward.workspace);
   BackwardMemory memory{};
-  memory.tile_counters = reinterpret_cast<uint32_t*>(at);
+  memory.counters = reinterpret_cast<uint32_t*>(at);
   at += workspace.counter_bytes;
   memory.stats = reinterpret_cast<float2*>(at);
   at += workspace.stats_bytes;
@@ -269,7 +270,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   prepare.grad_lse = buffers.grad_lse;
   prepare.stats = memory.stats;
   prepare.grad_query_f32 = memory.grad_query_f32;
-  prepare.tile_counters = memory.tile_counters;
+  prepare.counters = memory.counters;
   prepare.num_rows = num_rows;
   prepare.heads = FastDivisor(problem.heads);
   prepare.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
@@ -283,23 +284,33 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (Status s = launch_status("preparation"); !s.ok()) return s;
 
   if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, plan, memory, dq, stream); !s.ok()) return s;
-  if (dq == DqOutput::kFinal) return {};
   if (dq == DqOutput::kNone) {
     const BackwardPlan queries_plan = backward_plan(problem, BackwardPass::kQueries);
     if (!queries_plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
-    return run_pass(problem, buffers, options, BackwardPass::kQueries, queries_plan, memory, dq, stream);
+    const Status s = run_pass(problem, buffers, options, BackwardPass::kQueries, queries_plan, memory, dq, stream);
+    if (!s.ok()) return s;
   }
 
-  const int64_t num_chunks = num_rows * problem.dim / kChannelsPerThread;
-  const dim3 blocks(uint32_t((num_chunks + kAroundThreads - 1) / kAroundThreads));
+  FinishParams finish{};
+  finish.grad_query_f32 = memory.grad_query_f32;
+  finish.rows = make_row_problem(problem, buffers.forward);
+  finish.rows.grad_out = buffers.grad_out;
+  finish.rows.stats = memory.stats;
+  finish.rows.grad_query = buffers.grad_query;
+  finish.rows.grad_key = buffers.grad_key;
+  finish.rows.grad_value = buffers.grad_value;
+  finish.nan_found = memory.counters + kNanFound;
+  finish.num_chunks = dq == DqOutput::kSum ? num_rows * problem.dim / kChannelsPerThread : 0;
+  finish.repair_block = uint32_t((finish.num_chunks + kAroundThreads - 1) / kAroundThreads);
+  finish.num_query_rows = num_rows;
+  finish.num_key_rows = problem.batch * problem.kv_tokens() * problem.kv_heads;
+  const dim3 blocks(finish.repair_block + uint32_t(options.num_sms));
   if (half) {
-    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(
-        memory.grad_query_f32, static_cast<__half*>(buffers.grad_query), problem.scale, num_chunks);
+    backward_finish_kernel<__half><<<blocks, kAroundThreads, 0, stream>>>(finish);
   } else {
-    backward_convert_kernel<<<blocks, kAroundThreads, 0, stream>>>(
-        memory.grad_query_f32, static_cast<__nv_bfloat16*>(buffers.grad_query), problem.scale, num_chunks);
+    backward_finish_kernel<__nv_bfloat16><<<blocks, kAroundThreads, 0, stream>>>(finish);
   }
-  return launch_status("conversion of dq");
+  return launch_status("finish");
 }
 
 }  // namespace jax_na::hopper

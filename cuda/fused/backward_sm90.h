@@ -14,7 +14,7 @@ namespace jax_na::hopper {
 // ForwardBuffers::workspace in a backward call, in this order, each part rounded up to 256 bytes. jax_na/_cuda.py declares
 // the extra output with the same formula.
 struct BackwardWorkspace {
-  int64_t counter_bytes;    // uint32 per pass
+  int64_t counter_bytes;    // uint32 each, see Counter
   int64_t stats_bytes;      // float2 per query and head
   int64_t intervals_bytes;  // int2 per token of each axis, queries and keys
   int64_t dq_bytes;         // float32 like query, unless deterministic

@@ -64,6 +64,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   params.scale = problem.scale;
   params.out = buffers.out;
   params.lse = buffers.lse;
+  params.rows = make_row_problem(problem, buffers);
 
   if (!make_token_layout(&params.q_layout, problem, q_len, q_box, problem.heads, problem.dim) ||
       !make_token_layout(&params.kv_layout, problem, kv_len, plan.kv_box, problem.kv_heads, problem.dim)) {

@@ -18,6 +18,7 @@
 #include "geometry.h"
 #include "mask_sm90.h"
 #include "plan_sm90.h"
+#include "recompute_sm90.cuh"
 #include "token_map_sm90.h"
 
 namespace jax_na::hopper {
@@ -42,8 +43,9 @@ struct ForwardParams {
   FastDivisor heads_per_kv;
   int32_t num_items;  // batch x heads x groups x tiles
   float scale;
-  void* out;   // [batch, axes, heads, dim]
-  float* lse;  // [batch, axes, heads]
+  void* out;        // [batch, axes, heads, dim]
+  float* lse;       // [batch, axes, heads]
+  RowProblem rows;  // of the same call
 };
 
 template <typename T_, int kDim_, int kN_, int kConsumers_, Sharing kSharing_, int kStages_, int kQStages_>
@@ -451,16 +453,19 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16]
 }
 
 // tokens: of the thread's two rows, -1 where there is none. O / row_sum to global memory, 16 bytes a thread: quads
-// transpose 4x4 registers, so that four lanes hold 64 contiguous bytes.
+// transpose 4x4 registers, so that four lanes hold 64 contiguous bytes. A row that comes out with a NaN, but whose weights
+// are none, is computed again.
 template <typename Config>
 __device__ __forceinline__ void store_output(const ForwardParams& params, const SoftmaxState& state,
                                              const float (&o)[Config::kDim / 2], const int32_t (&tokens)[2], int32_t head,
                                              int lane) {
   using T = typename Config::T;
   const int q = lane % 4;
+  uint32_t nan_rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = quad_sum(state.row_sum[half]);
+    uint32_t kept = 0;
     const float inverse = 1.0f / sum;
     const int32_t token = tokens[half];
     const int64_t row = int64_t(token) * params.heads.divisor + head;
@@ -472,6 +477,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (4 * block + i) + 2 * half;
         r[i] = sm90::pack_pair<T>(o[at] * inverse, o[at + 1] * inverse);
+        kept = keep_nan<T>(kept, r[i]);
       }
       // After both exchanges lane q holds what lanes 0..3 had in r[q].
       uint32_t send = q & 1 ? r[0] : r[1];
@@ -503,6 +509,10 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
     if (token >= 0 && q == 0 && params.lse != nullptr) {
       params.lse[row] = state.row_max[half] * params.scale + __logf(sum);
     }
+    nan_rows[half] = __ballot_sync(~0u, token >= 0 && kept_nan<T>(kept) && !isnan(sum));
+  }
+  if ((nan_rows[0] | nan_rows[1]) != 0) {
+    recompute_out_rows<T>(params.rows, make_int2(tokens[0], tokens[1]), head, nan_rows[0], nan_rows[1]);
   }
 }
 
