@@ -28,7 +28,6 @@ from jax_na import _backends, _sharding, _xla
 from jax_na._jax_internals import (
     apply_primitive,
     auto_insert_reshard,
-    needs_partitioning,
     prim_requires_devices_during_lowering,
 )
 from jax_na._spec import Inputs, Spec, accumulation_dtype
@@ -58,7 +57,8 @@ def _num_inputs(has_bias: bool, has_extra: bool) -> int:
 
 def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
     """``(out [*B, *Sq, H, Dv], lse [*B, *Sq, H])``; differentiable."""
-    flat, flags = _flatten(_sharding.reshard_explicit(spec, inputs))
+    flat, flags = _flatten(inputs)
+    flat = _sharding.reshard_explicit(_sharding.layout("forward", spec, inputs), flat)
     # Inside shard_map every operand must vary over the same mesh axes. (Not so the halo: it has no type rule, no derivative.)
     out, lse = na_forward_p.bind(*auto_insert_reshard(*flat), jnp.asarray(halo, jnp.int32), spec=spec, **flags)
     return out, lse
@@ -132,18 +132,12 @@ def _xla_backward_body(*args: Any, **params: Any) -> tuple[Array, ...]:
 
 
 def _lower(kind: str, body: Callable[..., Any], platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
-    """The body, for one platform; in a ``custom_partitioning`` where the partitioner has devices to split over."""
-    body = functools.partial(body, platform=platform, **params)
-    if needs_partitioning(ctx):
-        n = _num_inputs(params["has_bias"], params["has_extra"])
-        first = n if kind == "tangent" else 0
-        inputs = _pack(ctx.avals_in[first : first + n], params["has_bias"], params["has_extra"])
-        where = _sharding.layout(kind, params["spec"], inputs, params.get("has_grad_lse", False))
-        whole = tuple((aval.shape, aval.dtype) for aval in ctx.avals_out)
-        body = _sharding.partitioned(body, where, whole, inputs.query.shape[-2], inputs.key.shape[-2])
-        return _sharding.lower_untyped(ctx, body, *operands)
-    with jax.numpy_rank_promotion("allow"):  # that option is about the user's code
-        return mlir.lower_fun(body, multiple_results=True)(ctx, *operands)
+    """The body, for one platform."""
+    n = _num_inputs(params["has_bias"], params["has_extra"])
+    first = n if kind == "tangent" else 0
+    inputs = _pack(ctx.avals_in[first : first + n], params["has_bias"], params["has_extra"])
+    where = _sharding.layout(kind, params["spec"], inputs, params.get("has_grad_lse", False))
+    return _sharding.lower(ctx, operands, functools.partial(body, platform=platform, **params), where)
 
 
 def _make(kind: str, abstract: Callable[..., Any], body: Callable[..., Any]) -> Primitive:

@@ -28,7 +28,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_na._jax_internals import num_tiles, partition_spec, tile_assignment
+from jax_na._jax_internals import needs_partitioning, num_tiles, partition_spec, tile_assignment
 from jax_na._spec import Inputs, Spec, accumulation_dtype
 
 Array = Any
@@ -48,11 +48,20 @@ class Layout:
     """What the dimensions of the operands and results of a primitive mean, one string per dimension.
 
     ``b<i>`` is leading dimension i, ``h`` the query heads, ``g`` the key/value heads; everything else is replicated: ``s<i>`` /
-    ``t<i>`` query / key tokens, ``d`` / ``e`` head dimensions, ``m`` extra tokens, ``w<i>`` bias entries, ``u`` ``v`` the halo.
+    ``t<i>`` query / key tokens, ``d`` / ``e`` head dimensions, ``m`` extra tokens, ``w<i>`` bias entries, ``w`` slots of a
+    window, ``u`` ``v`` the halo.
     """
 
     operands: tuple[tuple[str, ...], ...]
     results: tuple[tuple[str, ...], ...]
+
+    def size(self, factor: str, operands: Sequence[Any], results: Sequence[Any]) -> int:
+        """Size of the dimensions called ``factor``, from arrays or their types."""
+        pairs = zip((*self.operands, *self.results), (*operands, *results), strict=True)
+        return next(array.shape[names.index(factor)] for names, array in pairs if factor in names)
+
+
+HALO = ("u", "v")
 
 
 def _inputs_layout(spec: Spec, inputs: Inputs) -> list[tuple[str, ...]]:
@@ -75,12 +84,24 @@ def layout(kind: str, spec: Spec, inputs: Inputs, has_grad_lse: bool = False) ->
     given = _inputs_layout(spec, inputs)
     out = (*given[0][:-1], "e")
     lse = given[0][:-1]
-    halo = ("u", "v")
     if kind == "forward":
-        return Layout((*given, halo), (out, lse))
+        return Layout((*given, HALO), (out, lse))
     if kind == "tangent":
-        return Layout((*given, *given, out, lse, halo), (out, lse))
-    return Layout((*given, out, lse, out, *((lse,) if has_grad_lse else ()), halo), tuple(given))
+        return Layout((*given, *given, out, lse, HALO), (out, lse))
+    return Layout((*given, out, lse, out, *((lse,) if has_grad_lse else ()), HALO), tuple(given))
+
+
+def product_layout(kind: str, spec: Spec, per_query: Any) -> Layout:
+    """Layout of a product of ``_unfused.py`` (pointwise, neighborhood, inverse); ``per_query``: any ``[*B, *Sq, H, X]``."""
+    lead = tuple(f"b{i}" for i in range(len(spec.lead(per_query))))
+    query = (*lead, *(f"s{i}" for i in range(spec.rank)), "h")
+    key = (*lead, *(f"t{i}" for i in range(spec.rank)), "g", "d")
+    weights, array = (*query, "w"), (*query, "d")
+    if kind == "pointwise":
+        return Layout((array, key, HALO), (weights,))
+    if kind == "neighborhood":
+        return Layout((weights, key, HALO), (array,))
+    return Layout((weights, array, HALO), (key,))
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -182,12 +203,14 @@ def _rule(where: Layout, heads: int, kv_heads: int, mesh: Mesh) -> SdyShardingRu
     """Shardy rule: batch and heads pass through, every other factor needs replication.
 
     Query heads are (key/value head, member of its group), so that the sharding of one propagates to the other, but only where
-    that cannot split a mesh axis between the two: part of an axis is of no use to the plan.
+    that cannot split a mesh axis between the two: part of an axis is of no use to the plan. (Where no operand has key/value
+    heads, they have nowhere else to get a sharding from; part of an axis is then cut from the replicated result.)
     """
     rename: dict[str, Any] = {}
+    only_result = not any("g" in names for names in where.operands)
     if heads == kv_heads:
         rename = {"h": "g"}
-    elif kv_heads > 1 and not mesh.empty and all(kv_heads % size == 0 for size in mesh.shape.values()):
+    elif kv_heads > 1 and not mesh.empty and (only_result or all(kv_heads % size == 0 for size in mesh.shape.values())):
         rename = {"h": CompoundFactor("g", "r")}
 
     def mapping(names: Sequence[str]) -> ArrayMapping:
@@ -233,8 +256,10 @@ def _anonymous_mesh(shardings: Sequence[Any], where: Sequence[Sequence[str]]) ->
 
 
 def lower_untyped(ctx: Any, function: Callable[..., Any], *operands: Any) -> Any:
-    """Lower ``function`` as if no mesh were there: a partition callback sees local shapes, types that speak of a mesh are wrong."""
+    """Lower ``function`` as if no mesh were there: what one device computes sees local shapes, and types that speak of a mesh
+    (shardings in a partition callback, what varies over a ``shard_map``) would stand in its way."""
     untyped = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+    # Rank promotion: that option is about the user's code.
     with jax.sharding.use_abstract_mesh(NO_MESH), jax.numpy_rank_promotion("allow"):
         return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=untyped), *operands)
 
@@ -244,6 +269,15 @@ na_local_p = Primitive("na_local")
 na_local_p.multiple_results = True
 na_local_p.def_abstract_eval(lambda *args, function, results: [jax.core.ShapedArray(*result) for result in results])
 mlir.register_lowering(na_local_p, lambda ctx, *operands, function, results: lower_untyped(ctx, function, *operands))
+
+
+def lower(ctx: Any, operands: Sequence[Any], body: Callable[..., Any], where: Layout) -> Any:
+    """Lower ``body(*operands) -> results``; in a ``custom_partitioning`` where the partitioner has devices to split over."""
+    if not needs_partitioning(ctx):
+        return lower_untyped(ctx, body, *operands)
+    whole = tuple((aval.shape, aval.dtype) for aval in ctx.avals_out)
+    heads, kv_heads = (where.size(factor, ctx.avals_in, ctx.avals_out) for factor in "hg")
+    return lower_untyped(ctx, partitioned(body, where, whole, heads, kv_heads), *operands)
 
 
 def partitioned(
@@ -313,17 +347,25 @@ def partitioned(
 # --- Explicit axes: the types say how the operands are sharded -------------------------------------------------------------
 
 
-def reshard_explicit(spec: Spec, inputs: Inputs) -> Inputs:
-    """On a mesh with Explicit axes, give the operands the types of the plan; elsewhere, return them unchanged."""
-    mesh = jax.typeof(inputs.query).sharding.mesh
-    if mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        return inputs
-    flat = [array for array in inputs if array is not None]
-    factors = layout("forward", spec, inputs).operands[:-1]
-    specs = [jax.typeof(array).sharding.spec for array in flat]
-    chosen = plan(dict(mesh.shape), factors, [array.shape for array in flat], specs)
-    resharded = iter(
-        jax.sharding.reshard(array, NamedSharding(mesh, chosen.spec(names)))
-        for array, names in zip(flat, factors, strict=True)
+def reshard_explicit(where: Layout, operands: Sequence[Array], results: Sequence[Any] = ()) -> list[Array]:
+    """On a mesh with Explicit axes, give the operands the types of the plan; elsewhere, return them unchanged.
+
+    ``where`` names the operands and further ones after them (the halo), which are left out. ``results``: types of the results,
+    where the operands alone do not tell every size.
+    """
+    mesh = next((m for m in (jax.typeof(array).sharding.mesh for array in operands) if not m.empty), NO_MESH)
+    if AxisType.Explicit not in mesh.axis_types:
+        return list(operands)
+    factors = where.operands[: len(operands)]
+    specs = [jax.typeof(array).sharding.spec for array in operands]
+    known = where.results if results else ()
+    chosen = plan(
+        dict(mesh.shape),
+        (*factors, *known),
+        [array.shape for array in (*operands, *results)],
+        [*specs, *(PartitionSpec() for _ in results)],
     )
-    return Inputs(*(None if array is None else next(resharded) for array in inputs))
+    return [
+        jax.sharding.reshard(array, NamedSharding(mesh, chosen.spec(names)))
+        for array, names in zip(operands, factors, strict=True)
+    ]

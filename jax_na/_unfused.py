@@ -30,8 +30,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jax_na import _cuda, _cuda_products, _unfused_definition, _unfused_xla
-from jax_na._jax_internals import apply_primitive
+from jax_na import _cuda, _cuda_products, _sharding, _unfused_definition, _unfused_xla
+from jax_na._jax_internals import apply_primitive, auto_insert_reshard, prim_requires_devices_during_lowering
 from jax_na._spec import Inputs, Spec, accumulation_dtype
 
 Array = Any
@@ -155,17 +155,28 @@ def check_memory(spec: Spec, query: Array, limit: int | None) -> None:
 
 def pointwise(spec: Spec, query: Array, key: Array, halo: Array) -> Array:
     """``[*B, *Sq, H, D], [*B, *Sk, Hkv, D] -> [*B, *Sq, H, W]``; zero outside a causal mask."""
-    return na_pointwise_p.bind(query, key, jnp.asarray(halo, jnp.int32), spec=spec)[0]
+    return _bind(na_pointwise_p, query, key, halo, spec=spec)
 
 
 def neighborhood(spec: Spec, weights: Array, value: Array, halo: Array) -> Array:
     """``[*B, *Sq, H, W], [*B, *Sk, Hkv, D] -> [*B, *Sq, H, D]``."""
-    return na_neighborhood_p.bind(weights, value, jnp.asarray(halo, jnp.int32), spec=spec)[0]
+    return _bind(na_neighborhood_p, weights, value, halo, spec=spec)
 
 
 def inverse(spec: Spec, weights: Array, array: Array, halo: Array, kv_shape: tuple[int, ...]) -> Array:
     """``[*B, *Sq, H, W], [*B, *Sq, H, D] -> [*B, *kv_shape, D]`` with ``kv_shape = (*Sk, Hkv)``."""
-    return na_inverse_p.bind(weights, array, jnp.asarray(halo, jnp.int32), spec=spec, kv_shape=kv_shape)[0]
+    result = jax.ShapeDtypeStruct((*spec.lead(array), *kv_shape, array.shape[-1]), array.dtype)
+    return _bind(na_inverse_p, weights, array, halo, (result,), spec=spec, kv_shape=kv_shape)
+
+
+def _bind(primitive: Primitive, a: Array, b: Array, halo: Array, results: tuple[Any, ...] = (), **params: Any) -> Array:
+    a, b = _sharding.reshard_explicit(_layout(primitive, params["spec"], a), (a, b), results)
+    # Inside shard_map both operands must vary over the same mesh axes; the halo has no type rule, no derivative.
+    return primitive.bind(*auto_insert_reshard(a, b), jnp.asarray(halo, jnp.int32), **params)[0]
+
+
+def _layout(primitive: Primitive, spec: Spec, per_query: Any) -> _sharding.Layout:
+    return _sharding.product_layout(primitive.name.removeprefix("na_"), spec, per_query)
 
 
 def _update(aval: Any, shape: Sequence[int]) -> list[Any]:
@@ -181,7 +192,14 @@ def _neighborhood_abstract(weights: Any, value: Any, halo: Any, *, spec: Spec) -
 
 
 def _inverse_abstract(weights: Any, array: Any, halo: Any, *, spec: Spec, kv_shape: tuple[int, ...]) -> list[Any]:
-    return _update(array, (*spec.lead(array), *kv_shape, array.shape[-1]))
+    shape = (*spec.lead(array), *kv_shape, array.shape[-1])
+    names, sharding = tuple(array.sharding.spec), array.sharding
+    if any(entry is not None for entry in names):
+        axes = _sharding.as_axes(names[-2])
+        replicated = kv_shape[-1] % math.prod(sharding.mesh.shape[axis] for axis in axes) != 0
+        spread = (*names[: -2 - spec.rank], *(None,) * spec.rank, None if replicated else names[-2], None)
+        sharding = sharding.update(spec=jax.sharding.PartitionSpec(*spread))
+    return [array.update(shape=shape, dtype=array.dtype, weak_type=False, sharding=sharding)]
 
 
 def _pointwise_body(query: Array, key: Array, halo: Array, *, platform: str | None, spec: Spec) -> list[Array]:
@@ -193,8 +211,10 @@ def _neighborhood_body(weights: Array, value: Array, halo: Array, *, platform: s
 
 
 def _inverse_body(
-    weights: Array, array: Array, halo: Array, *, platform: str | None, spec: Spec, kv_shape: tuple[int, ...]
+    weights: Array, array: Array, halo: Array, *, platform: str | None, spec: Spec, kv_shape: tuple[int, ...], group: int
 ) -> list[Array]:
+    """``group``: query heads per key/value head. A device has its share of the heads, and at least one key/value head."""
+    kv_shape = (*kv_shape[:-1], max(1, array.shape[-2] // group))
     return [choose(platform, spec, array.dtype, array.shape[-1]).inverse(spec, weights, array, halo, kv_shape)]
 
 
@@ -255,14 +275,23 @@ def _batch(primitive: Primitive, args: Sequence[Array], dims: Sequence[int | Non
     return primitive.bind(*moved, args[-1], **params), [0]
 
 
+def _lower(primitive: Primitive, body: Callable[..., Any], platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
+    """The body, for one platform."""
+    per_query = ctx.avals_in[0]
+    if "kv_shape" in params:
+        body = functools.partial(body, group=per_query.shape[-2] // params["kv_shape"][-1])
+    body = functools.partial(body, platform=platform, **params)
+    return _sharding.lower(ctx, operands, body, _layout(primitive, params["spec"], per_query))
+
+
 def _make(name: str, abstract: Callable[..., Any], body: Callable[..., Any], transpose: Callable[..., Any]) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     primitive.def_impl(functools.partial(apply_primitive, primitive))
     for platform in ("cpu", "cuda", "rocm", "tpu"):
-        rule = mlir.lower_fun(functools.partial(body, platform=platform), multiple_results=True)
-        mlir.register_lowering(primitive, rule, platform=platform)
+        mlir.register_lowering(primitive, functools.partial(_lower, primitive, body, platform), platform=platform)
+    prim_requires_devices_during_lowering.add(primitive)
     ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive)
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)

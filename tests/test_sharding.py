@@ -17,6 +17,8 @@ from jax_na._spec import Inputs
 
 COLLECTIVE = re.compile(r"= \S+ (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
 COLLECTIVE_NAMES = {"all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"}
+# Optimizing machine code is half of a compilation on CPU, and no test here is about it.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HEADS, DIM = 8, 4
 SPATIAL = {1: (9,), 2: (6, 5), 3: (4, 3, 5)}
 WINDOW = {1: (3,), 2: (3, 3), 3: (3, 1, 3)}
@@ -74,12 +76,35 @@ def tangent(inputs: Inputs):
     return jax.jvp(attend, (inputs,), (jax.tree.map(jnp.sin, inputs),))
 
 
-PASSES = {"forward": attend, "backward": jax.grad(loss), "tangent": tangent}
+def pair(inputs: Inputs):
+    """The unfused pair: every one of the three products is in its forward or backward pass."""
+    rank = inputs.query.ndim - 3
+    window, causal = WINDOW[rank], (False,) * (rank - 1) + (True,)
+    scores = jax_na.na_qk(inputs.query, inputs.key, window, is_causal=causal, bias=inputs.bias)
+    return jax_na.na_av(jax.nn.softmax(scores, -1), inputs.value, window, is_causal=causal)
+
+
+def pair_loss(inputs: Inputs):
+    return jnp.sum(jnp.sin(pair(inputs)))
+
+
+def pair_tangent(inputs: Inputs):
+    return jax.jvp(pair, (inputs,), (jax.tree.map(jnp.sin, inputs),))
+
+
+PASSES = {
+    "forward": attend,
+    "backward": jax.grad(loss),
+    "tangent": tangent,
+    "pair-forward": pair,
+    "pair-backward": jax.grad(pair_loss),
+    "pair-tangent": pair_tangent,
+}
 
 
 @functools.lru_cache
 def expected(name: str, **arguments):
-    return jax.jit(PASSES[name])(make_inputs(**arguments))
+    return jax.jit(PASSES[name], compiler_options=QUICK)(make_inputs(**arguments))
 
 
 def place(inputs: Inputs, mesh, batch, heads, kv_heads=..., spatial=None, bias_heads=...) -> Inputs:
@@ -105,14 +130,15 @@ def close(actual, wanted):
 
 
 def run(function, inputs, wanted, allowed=frozenset()):
-    compiled = jax.jit(function).lower(inputs).compile()
+    compiled = jax.jit(function).lower(inputs).compile(QUICK)
     result = compiled(inputs)
     close(result, wanted)
     assert collectives(compiled) <= set(allowed), collectives(compiled)
     return result
 
 
-over_passes = pytest.mark.parametrize("name", PASSES)
+over_passes = pytest.mark.parametrize("name", ["forward", "backward", "tangent"])
+over_pair_passes = pytest.mark.parametrize("name", ["pair-forward", "pair-backward", "pair-tangent"])
 over_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 
 
@@ -196,7 +222,7 @@ def test_spatial_sharding_gathers_and_warns(kind, name):
     with in_mesh(mesh):
         inputs = place(make_inputs(), mesh, "y", None, spatial="x")
         with pytest.warns(UserWarning, match="sharded_neighborhood_attention"):
-            compiled = jax.jit(PASSES[name]).lower(inputs).compile()
+            compiled = jax.jit(PASSES[name]).lower(inputs).compile(QUICK)
         close(compiled(inputs), expected(name))
         assert "all-gather" in collectives(compiled)
 
@@ -301,7 +327,7 @@ def test_vmap_of_a_sharded_axis(kind, name):
             lambda a: jax.device_put(a[:, None], NamedSharding(mesh, P("x", None, None, None, "y"))), given
         )
         function = jax.vmap(PASSES[name], spmd_axis_name="x" if kind == AxisType.Auto else None)
-        compiled = jax.jit(function).lower(split).compile()
+        compiled = jax.jit(function).lower(split).compile(QUICK)
         close(jax.tree.map(lambda a: a[:, 0], compiled(split)), wanted)
         assert not collectives(compiled)
 
@@ -313,7 +339,7 @@ def test_vmap_with_spmd_axis_name_over_shard_map():
     specs = Inputs(spec, spec, spec)
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(specs,), out_specs=(spec, P(None, None, None, "y")))
     inputs = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P("x", None, None, None, "y"))), given)
-    compiled = jax.jit(jax.vmap(mapped, spmd_axis_name="x")).lower(inputs).compile()
+    compiled = jax.jit(jax.vmap(mapped, spmd_axis_name="x")).lower(inputs).compile(QUICK)
     close(jax.tree.map(lambda a: a.reshape(4, *a.shape[2:]), compiled(inputs)), expected("forward", batch=4))
     assert not collectives(compiled)
 
@@ -361,6 +387,127 @@ def test_plan(query, key, kv_heads, axes, slice_kv):
     shapes = [(4, 9, 24, 4), (4, 9, kv_heads, 4)]
     result = plan({"x": 2, "y": 4}, FACTORS, shapes, [query, key])
     assert (result.axes, result.slice_kv) == (axes, slice_kv)
+
+
+# --- the unfused pair ------------------------------------------------------------------------------------------------
+
+
+@over_kinds
+@over_pair_passes
+@pytest.mark.parametrize(
+    ("batch", "heads", "arguments"),
+    [
+        ("x", "y", {}),
+        ("y", None, {"rank": 1}),
+        (None, ("x", "y"), {"rank": 1}),
+        ("x", "y", {"rank": 1, "kv_heads": 4}),
+        ("y", "x", {"rank": 1, "kv_heads": 2}),
+    ],
+    ids=["both", "batch", "two-axes-one-dim", "gqa", "gqa-few-heads"],
+)
+def test_pair_over_batch_and_heads_needs_no_collective(kind, name, batch, heads, arguments):
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(**arguments), mesh, batch, heads)
+        result = run(PASSES[name], inputs, expected(name, **arguments))
+    ndim = inputs.query.ndim
+    want = NamedSharding(mesh, P(batch, *(None,) * (ndim - 3), heads, None))
+    assert all(leaf.sharding.is_equivalent_to(want, ndim) for leaf in jax.tree.leaves(result))
+
+
+@over_kinds
+@over_pair_passes
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_pair_with_replicated_key_value_heads(kind, name, kv_heads):
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(rank=1, kv_heads=kv_heads), mesh, "x", "y", kv_heads=None)
+        allowed = {"all-reduce"} if name == "pair-backward" else ()
+        run(PASSES[name], inputs, expected(name, rank=1, kv_heads=kv_heads), allowed)
+
+
+@over_kinds
+@over_pair_passes
+def test_pair_with_bias(kind, name):
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(rank=1, bias=True), mesh, "x", "y")
+        allowed = {"all-reduce"} if name == "pair-backward" else ()
+        run(PASSES[name], inputs, expected(name, rank=1, bias=True), allowed)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("manual", [{"x", "y"}, {"x"}, {"y"}], ids=["manual", "x-manual", "y-manual"])
+def test_pair_inside_shard_map(manual, check_vma):
+    """Fully manual; and one axis manual, the other left to the partitioner."""
+    mesh = make_mesh(AxisType.Auto)
+    inputs = place(
+        make_inputs(rank=1, batch=8), mesh, *(("x", "y") if len(manual) == 2 else (*manual, *({"x", "y"} - manual)))
+    )
+    spec = P("x", None, "y") if len(manual) == 2 else P(*manual)
+    specs = Inputs(spec, spec, spec)
+
+    def mapped(inputs):
+        return jax.shard_map(pair, mesh=mesh, in_specs=(specs,), out_specs=spec, axis_names=manual, check_vma=check_vma)(
+            inputs
+        )
+
+    def both(inputs):
+        return mapped(inputs), jax.grad(lambda inputs: jnp.sum(jnp.sin(mapped(inputs))))(inputs)
+
+    wanted = tuple(expected(name, rank=1, batch=8) for name in ("pair-forward", "pair-backward"))
+    run(both, inputs, wanted)
+
+
+def test_pair_inside_shard_map_with_a_replicated_key():
+    """Key and value that do not vary over the mesh: their gradients are summed."""
+    mesh = make_mesh(AxisType.Auto)
+    given = make_inputs(rank=1)
+    specs = Inputs(P(None, None, ("x", "y")), P(), P())
+
+    def few(inputs):
+        return pair(inputs._replace(key=inputs.key[:, :, :1], value=inputs.value[:, :, :1]))
+
+    def gradient(inputs):
+        return jax.grad(lambda inputs: jnp.sum(jnp.sin(few(inputs))))(inputs)
+
+    result = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(specs,), out_specs=specs))(given)
+    close(result, gradient(given))
+
+
+@over_kinds
+def test_pair_under_vmap_of_a_sharded_axis(kind):
+    mesh = make_mesh(kind)
+    given = make_inputs(rank=1)
+    with in_mesh(mesh):
+        split = jax.tree.map(lambda a: jax.device_put(a[:, None], NamedSharding(mesh, P("x", None, None, "y"))), given)
+        function = jax.vmap(
+            lambda inputs: (pair(inputs), jax.grad(pair_loss)(inputs)),
+            spmd_axis_name="x" if kind == AxisType.Auto else None,
+        )
+        wanted = tuple(expected(name, rank=1) for name in ("pair-forward", "pair-backward"))
+        run(lambda split: jax.tree.map(lambda a: a[:, 0], function(split)), split, wanted)
+
+
+@over_kinds
+def test_pair_with_a_spatial_sharding_gathers_and_warns(kind):
+    mesh = make_mesh(kind)
+    with in_mesh(mesh):
+        inputs = place(make_inputs(), mesh, "y", None, spatial="x")
+        with pytest.warns(UserWarning, match="sharded_neighborhood_attention"):
+            compiled = jax.jit(pair).lower(inputs).compile(QUICK)
+        close(compiled(inputs), expected("pair-forward"))
+        assert "all-gather" in collectives(compiled)
+
+
+@pytest.mark.parametrize("implementation", ["cuda_gemm", "cuda_naive"])
+def test_pair_lowers_for_cuda_in_a_partitioned_call(implementation):
+    """The custom calls are inside what the partitioner splits, not operations that it has to gather for."""
+    mesh = make_mesh(AxisType.Auto)
+    inputs = place(make_inputs(rank=1), mesh, "x", "y")
+    function = jax.grad(lambda q, k: jnp.sum(jax_na.na_qk(q, k, 3, implementation=implementation) ** 2), (0, 1))
+    text = jax.jit(function).trace(inputs.query, inputs.key).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @CustomSPMDPartitioning") == 3 and "custom_call @jax_na" not in text
 
 
 def test_an_uneven_batch_is_gathered():
