@@ -1,18 +1,23 @@
 """Random problems on a GPU against the numpy oracle, forward and all gradients, spread over processes.
 
 Usage: python -m benchmarks.fuzz --implementation cuda_fused --count 1000 --workers 12
-Prints one JSON line: {"implementation", "problems", "failed", "worst": {dtype: error}, "failures": [...]}
+Prints one JSON line: {"implementation", "problems", "failed", "worst": {dtype: error}, "seconds": {part: mean per worker},
+"failures": [...]}
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import multiprocessing
 import os
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,8 +27,15 @@ import numpy as np
 LIMITS = {"float32": 4e-3, "float32*": 3e-5, "float16": 4e-3, "bfloat16": 2.5e-2}
 
 
-def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float, str]]:
-    """(seed, dtype, worst error or infinity, what) of each problem that the implementation serves."""
+# A problem runs once: what XLA tries out to make its own matrix products fast does not pay. One thread a worker.
+WORKER_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+WORKER_XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+Row = tuple[int, str, float, str]
+
+
+def check_range(implementation: str, seeds: range) -> tuple[list[Row], dict[str, float]]:
+    """(seed, dtype, worst error or infinity, what) of each problem that the implementation serves, and seconds by part."""
     import jax
     from jax import lax
 
@@ -33,7 +45,15 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
     from jax_na.testing.cases import random_case
     from jax_na.testing.numerics import relative_error, round_to_tf32
 
-    results = []
+    seconds: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def timed(part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[part] += time.perf_counter() - start
+
+    results: list[Row] = []
     for seed in seeds:
         kind = list(LIMITS)[seed % 4]
         case = random_case(seed, max_tokens=700)
@@ -49,15 +69,20 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
             continue
         grad_out, grad_lse = case.cotangents(kind.rstrip("*"))
 
-        @jax.jit
         def run(inputs: Any, grad_out: Any, grad_lse: Any, spec: Any = spec) -> Any:
             halo = spec.identity_halo(inputs.query)
             values, vjp = jax.vjp(functools.partial(_primitives.forward, spec, halo=halo), inputs)
             return values, vjp((grad_out, grad_lse))[0]
 
         try:
-            (out, lse), grads = run(inputs, grad_out, grad_lse)
-            truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
+            with timed("trace"):
+                lowered = jax.jit(run).lower(inputs, grad_out, grad_lse)
+            with timed("compile"):
+                compiled = lowered.compile()
+            with timed("run"):
+                (out, lse), grads = jax.block_until_ready(compiled(inputs, grad_out, grad_lse))
+            with timed("oracle"):
+                truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
             assert truth.grads is not None
             actual = {"out": out, "lse": lse, **grads._asdict()}
             expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
@@ -75,7 +100,7 @@ def check_range(implementation: str, seeds: range) -> list[tuple[int, str, float
             results.append((seed, kind, float("inf"), f"{type(error).__name__}: {str(error)[:200]} in {case}"))
         if seed % 16 == 0:
             jax.clear_caches()
-    return results
+    return results, seconds
 
 
 def take_gpu(counter: Any) -> None:
@@ -97,12 +122,17 @@ def main() -> int:
         range(arguments.first + i, arguments.first + arguments.count, arguments.workers * 4)
         for i in range(arguments.workers * 4)
     ]
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {WORKER_XLA_FLAGS}".strip()}
+    os.environ.update({name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()} | flags)
+    start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         arguments.workers, mp_context=context, initializer=take_gpu, initargs=(context.Value("i", 0),)
     ) as pool:
         parts = list(pool.map(functools.partial(check_range, arguments.implementation), chunks))
-    results = [row for part in parts for row in part]
+    wall = time.perf_counter() - start
+    results = [row for rows, _ in parts for row in rows]
+    by_part = {name: sum(seconds[name] for _, seconds in parts) / arguments.workers for name in parts[0][1]}
     served = [row for row in results if row[1] != "refused"]
     failures = [row for row in served if not row[2] <= LIMITS[row[1]]]
     worst = {kind: max((row[2] for row in served if row[1] == kind), default=float(np.nan)) for kind in LIMITS}
@@ -114,6 +144,7 @@ def main() -> int:
                 "refused": len(results) - len(served),
                 "failed": len(failures),
                 "worst": {kind: float(f"{error:.3g}") for kind, error in worst.items() if error == error},
+                "seconds": {name: round(spent, 1) for name, spent in {"wall": wall, **by_part}.items()},
                 "failures": [list(map(str, row)) for row in failures[:10]],
             }
         )

@@ -57,14 +57,40 @@ def against(rows: list[dict[str, Any]], fast: str, slow: str, dtype: str) -> str
     return "\n".join(lines)
 
 
+def unfused(rows: list[dict[str, Any]], dtype: str) -> str:
+    """The direct kernels, the unfused pair on tensor cores (whole attention) and the fused kernels, by problem; forward, and
+    forward + backward. Problems that all three have; geometric means by rank."""
+    names = ("cuda_naive", "cuda_gemm", "cuda_fused")
+    times = [_times(rows, name, dtype) for name in names]
+    header = " | ".join(f"{which}: direct | GEMM | fused | direct / GEMM | GEMM / fused" for which in ("fwd", "fwd + bwd"))
+    lines = [f"| problem, {dtype} | {header} |", "|---" * 11 + "|"]
+    ratios: dict[int, list[list[float]]] = {}
+    for name, case in PROBLEMS.items():
+        if not all((name, which) in found for found in times for which in ("fwd", "bwd")):
+            continue
+        cells = []
+        for passes in (("fwd",), ("fwd", "bwd")):
+            direct, gemm, fused = (sum(found[name, which]["ms"] for which in passes) for found in times)
+            ratio = [direct / gemm, gemm / fused]
+            cells += [f"{ms:.3g}" for ms in (direct, gemm, fused)] + [f"{x:.2f}x" for x in ratio]
+            ratios.setdefault(len(case.spatial), []).append([*ratio, len(passes)])
+        lines.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
+    for rank, found in sorted(ratios.items()):
+        cells = []
+        for passes in (1, 2):
+            cells += ["", "", "", *(_mean([row[i] for row in found if row[2] == passes]) for i in (0, 1))]
+        lines.append("| " + " | ".join([f"geometric mean, {rank}-D", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     result = json.loads(pathlib.Path(sys.argv[1]).read_text())
     rows = [r for r in result["rows"] if r["problem"] in PROBLEMS]
     print(comparison(rows, "cuda", BEST_PEER_MS), "\n")
     print(comparison(rows, "cuda_fused", AMPERE_PEER_MS), "\n")
     for dtype in sorted({r["dtype"] for r in rows}):
-        for fast, slow in (("cuda_fused", "cuda_naive"), ("cuda_gemm", "cuda_naive"), ("cuda_fused", "cuda_gemm")):
-            print(against(rows, fast, slow, dtype))
+        print(unfused(rows, dtype), "\n")
+        print(against(rows, "cuda_fused", "cuda_naive", dtype), "\n")
 
 
 if __name__ == "__main__":
