@@ -50,8 +50,10 @@ def neighborhood_attention(
       return_lse: also return the log-sum-exp of the scores.
       precision: as in ``jax.numpy.einsum``; ``None`` follows ``jax_default_matmul_precision``.
       implementation: ``None`` (the best that serves) or a name; :func:`jax_na.explain` lists them.
-      deterministic: ``True`` asks for bitwise reproducible gradients; ``None`` leaves it to the implementation
-        (``cuda_fused`` is always reproducible).
+      deterministic: ``True`` asks for bitwise reproducible gradients; ``None`` takes what is faster. Forward passes are always
+        reproducible, and so are the gradients of ``cuda_fused``, ``cuda_naive`` and ``cuda_gemm``; ``cuda_hopper`` (and ``cuda``
+        where it takes those kernels) adds up the gradient of ``query`` in the order in which blocks finish unless asked not to.
+        What XLA computes (``xla``, and what surrounds the kernels) is as reproducible as XLA's own flags make it.
       shrink_window: let a window (and dilation) that does not fit the input shrink instead of raising.
       return_weights: also return the attention weights, through the unfused products (:func:`jax_na.na_qk`, softmax,
         :func:`jax_na.na_av`); ``implementation`` then names one of theirs. They take ``B * prod(spatial) * H *

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_na
-from jax_na import _backends, _cuda, _definition
+from jax_na import _backends, _cuda, _definition, _primitives
 from jax_na._spec import Inputs
 from jax_na.testing import oracle
 from jax_na.testing.cases import CASES, SHORT, Case, random_case
@@ -113,6 +113,35 @@ def test_half(case, dtype, implementation):
 @pytest.mark.parametrize("case", [case for case in CASES if case not in SHORT], ids=lambda case: case.name)
 def test_half_on_gpu(case, dtype, implementation):
     check(case, implementation, dtype)
+
+
+@over_implementations
+@pytest.mark.parametrize("case", SHORT[::3], ids=lambda case: case.name)
+def test_highest_precision(case, implementation):
+    """precision=HIGHEST: at most four times the float64 error of the definition with float32 matrix products."""
+    inputs, (grad_out, grad_lse) = case.inputs(jnp.float32), case.cotangents(jnp.float32)
+    if not serves_or_says_why(implementation, case, inputs):
+        return
+    truth = oracle.attention(case.spec(), inputs, None, grad_out, grad_lse)
+    assert truth.grads is not None
+    halo = case.spec().identity_halo(inputs.query)
+
+    def errors(implementation):
+        spec = case.spec(implementation=implementation, precision=jax.lax.Precision.HIGHEST)
+
+        @jax.jit
+        def run(inputs):
+            values, vjp = jax.vjp(lambda x: _primitives.forward(spec, x, halo), inputs)
+            return values, vjp((grad_out, grad_lse))[0]
+
+        (out, lse), grads = run(inputs)
+        actual = {"out": out, "lse": lse, **grads._asdict()}
+        expected = {"out": truth.out, "lse": truth.lse, **truth.grads._asdict()}
+        return {name: relative_error(actual[name], expected[name]) for name in actual if expected[name] is not None}
+
+    found, reference = errors(implementation), errors("reference")
+    rounding = float(jnp.finfo(jnp.float32).eps)  # of the result itself: no reference is better
+    assert all(found[name] <= 4 * max(reference[name], rounding) for name in found), (found, reference)
 
 
 @over_implementations

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from test_attention import check
 
 import jax_na
+from benchmarks import measure
 from jax_na import _backends, _cuda, _primitives
 from jax_na.testing import oracle
 from jax_na.testing.cases import Case, random_case
@@ -186,6 +188,27 @@ def test_offsets_beyond_two_to_the_31(implementation):
     alone = run(*(x[-1:] for x in full))
     for found, expected in zip(results, alone, strict=True):
         assert relative_error(found, np.asarray(expected.astype(jnp.float32))) < 1e-2
+
+
+@pytest.mark.parametrize("implementation", ["cuda_fused", "cuda_hopper", "cuda"])
+def test_memory_of_the_hunyuan_video_row(implementation):
+    """Forward allocates out and lse; backward the gradients, a float32 copy of dq at most, and lse and delta of each query."""
+    case = Case("hunyuan", (30, 48, 80), (18, 24, 24), heads=24, kv_heads=24, dim=128)
+    spec, shape = case.spec(implementation=implementation), case.shapes()["query"]
+    array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    inputs, rows = _primitives.Inputs(array, array, array), math.prod(shape[:-1])
+    lse = jax.ShapeDtypeStruct(shape[:-1], jnp.float32)
+    slack = 1 << 20  # halo, tile counters, window tables, alignment
+
+    forward = jax.jit(functools.partial(measure.forward, spec)).lower(inputs).compile().memory_analysis()
+    assert 0 <= forward.output_size_in_bytes - (2 * rows * case.dim + 4 * rows) < slack
+    assert forward.temp_size_in_bytes < slack
+    backward = (
+        jax.jit(functools.partial(measure.backward, spec)).lower(inputs, array, lse, array).compile().memory_analysis()
+    )
+    assert 0 <= backward.output_size_in_bytes - 3 * 2 * rows * case.dim < slack
+    copies = 0 if implementation == "cuda_fused" else 1
+    assert backward.temp_size_in_bytes < 4 * rows * case.dim * copies + 8 * rows + slack
 
 
 @over_cuda

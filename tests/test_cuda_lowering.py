@@ -1,6 +1,7 @@
 """The CUDA lane as far as a machine without a GPU sees it: lowering, choice among implementations, composition, status."""
 
 import functools
+import math
 import re
 import warnings
 
@@ -133,6 +134,26 @@ def test_export_for_cuda_from_any_machine():
         shape, shape, shape
     )
     assert "jax_na_forward" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("implementation", NAMED)
+def test_memory_of_the_hunyuan_video_row(implementation):
+    """The results of the custom calls are all they may allocate: out and lse; gradients, lse and delta, at most dq in float32."""
+    case = Case("hunyuan", (30, 48, 80), (18, 24, 24), heads=24, kv_heads=24, dim=128)
+    (_, forward), (_, backward) = calls(lower(case, implementation, gradient=True))
+
+    def result_bytes(line):
+        sizes = {"bf16": 2, "f32": 4, "ui8": 1}
+        shapes = re.findall(r"tensor<([\dx]+)x(\w+)>", line.rpartition("->")[2])
+        return [math.prod(map(int, shape.split("x"))) * sizes[dtype] for shape, dtype in shapes]
+
+    rows = math.prod(case.shapes()["query"][:-1])
+    tensor, slack = 2 * rows * case.dim, 1 << 16  # slack: tile counters, window tables, alignment
+    assert result_bytes(forward) == [tensor, 4 * rows, 0]
+    *gradients, workspace = result_bytes(backward)
+    assert gradients == [tensor] * 3
+    copies = 1 if implementation in ("cuda", "cuda_hopper") else 0
+    assert workspace <= 4 * rows * case.dim * copies + 8 * rows + slack
 
 
 # --- composition around the kernels ----------------------------------------------------------------------------------

@@ -216,6 +216,59 @@ def test_highest_precision(implementation):
     assert relative_error(jax_na.na_av(weights, key, **arguments), truth["neighborhood"]) < 5e-6
 
 
+# --- bias ------------------------------------------------------------------------------------------------------------
+
+BIASED = [
+    (Case("1d", (23,), 5, stride=2, dilation=2, is_causal=True, heads=4, kv_heads=2, dim=16), jnp.float32),
+    (Case("2d", (7, 9), (3, 5), dilation=(2, 1), heads=4, kv_heads=1, dim=16, batch=2), jnp.bfloat16),
+    (Case("3d", (4, 5, 6), (3, 1, 5), stride=(1, 1, 3), is_causal=(True, False, False), dim=16), jnp.float16),
+]
+
+
+@over_implementations
+@pytest.mark.parametrize(("case", "dtype"), BIASED, ids=["1d-fp32", "2d-bf16", "3d-fp16"])
+def test_bias_of_the_scores(case, dtype, implementation):
+    """na_qk with a relative positional bias: values, and the gradients of query, key and bias."""
+    weights, query, key = operands(case, dtype)
+    spec, table = case.spec(), key_table(case)
+    sizes = [2 * window - 1 for window in spec.window]
+    bias = jnp.asarray(np.random.default_rng(5).standard_normal((case.heads, *sizes)), dtype)
+    token, other = (
+        np.indices(case.spatial).reshape(spec.rank, -1, 1),
+        np.array(np.unravel_index(np.maximum(table, 0), case.spatial)),
+    )
+    step, window = (np.reshape(x, (-1, 1, 1)) for x in (spec.dilation, spec.window))
+    inside = table >= 0
+    entry = np.where(
+        inside, np.ravel_multi_index(tuple(np.where(inside, (other - token) // step + window - 1, 0)), sizes), 0
+    )
+
+    @jax.jit
+    def run(query, key, bias, cotangent):
+        call = functools.partial(jax_na.na_qk, implementation=implementation, scale=case.scale, **window_arguments(case))
+        scores, vjp = jax.vjp(lambda q, k, b: call(q, k, bias=b), query, key, bias)
+        return scores, vjp(cotangent)
+
+    scores, (grad_query, grad_key, grad_bias) = run(query, key, bias, weights)
+    truth, flat = products(case, weights, query, key), np.asarray(bias, np.float64).reshape(case.heads, -1)
+    added = np.moveaxis(flat[:, entry], 0, 1).reshape(*case.spatial, case.heads, -1)
+    outside = ~inside.reshape(*case.spatial, 1, -1)
+    expected = np.where(outside, 0, case.dim**-0.5 * truth["pointwise"] + added)
+    cotangent = np.where(outside, 0, np.asarray(weights, np.float64)).sum(0).reshape(-1, case.heads, spec.volume)
+    summed = [np.bincount(entry.ravel(), cotangent[:, head].ravel(), flat.shape[1]) for head in range(case.heads)]
+    pairs = {
+        "scores": (jnp.where(outside, 0, scores), expected),
+        "grad_query": (grad_query, case.dim**-0.5 * truth["neighborhood"]),
+        "grad_key": (grad_key, case.dim**-0.5 * truth["inverse"]),
+        "grad_bias": (grad_bias, np.reshape(summed, bias.shape)),
+    }
+    assert np.isneginf(np.where(outside, np.asarray(scores, np.float64), -np.inf)).all()
+    limit = tolerance(dtype, implementation)
+    for name, (actual, exact) in pairs.items():
+        assert actual.dtype == jnp.dtype(dtype), name
+        assert relative_error(actual, exact) <= limit, (name, relative_error(actual, exact))
+
+
 # --- what the mask hides ---------------------------------------------------------------------------------------------
 
 
@@ -483,6 +536,7 @@ def test_weights_too_large_for_the_limit(monkeypatch):
         lambda x, **limit: jax_na.na_qk(x, x, 32, **limit),
         lambda x, **limit: jax_na.neighborhood_attention(x, x, x, 32, return_weights=True, **limit),
         lambda x, **limit: jax_na.neighborhood_attention(x, x, x, 32, implementation="xla_unfused", **limit),
+        lambda x, **limit: jax_na.neighborhood_attention(x, x, x, 32, implementation="cuda_gemm", **limit),
     ):
         jax.eval_shape(call, x)
         with pytest.raises(ValueError, match=f"take {needed} bytes, more than max_weights_bytes={needed - 1}"):
