@@ -138,9 +138,12 @@ STORES_WEIGHTS = {"cuda_gemm": "cuda_gemm", "xla_unfused": "xla"}  # name there:
 
 
 def check_memory(spec: Spec, query: Array, limit: int | None) -> None:
-    """Raise if the weights of ``query [.., H, D]`` would exceed ``limit`` bytes (default ``MAX_WEIGHTS_BYTES``)."""
+    """Raise if the weights of ``query [.., H, D]`` would exceed ``limit`` bytes (default ``MAX_WEIGHTS_BYTES``).
+
+    A symbolic batch counts as one: its size is known when the exported program runs, not here.
+    """
     limit = MAX_WEIGHTS_BYTES if limit is None else limit
-    rows, dtype = math.prod(query.shape[:-1]), query.dtype
+    rows, dtype = math.prod(n for n in query.shape[:-1] if isinstance(n, int)), query.dtype
     needed = rows * spec.volume * jnp.dtype(dtype).itemsize
     if needed > limit:
         raise ValueError(

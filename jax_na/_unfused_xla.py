@@ -167,7 +167,8 @@ def _dot(spec: Spec, dtype: Any) -> Any:
 
 
 def _rows_of(array: Array, rank: int) -> int:
-    return math.prod(array.shape[: -2 - rank]) * array.shape[-2]
+    """Batch times heads, for the choice of a tile; a symbolic batch, not known here, counts as one."""
+    return math.prod(n for n in array.shape[: -2 - rank] if isinstance(n, int)) * array.shape[-2]
 
 
 def pointwise(spec: Spec, query: Array, key: Array, halo: Array) -> Array:

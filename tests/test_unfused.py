@@ -496,6 +496,35 @@ def test_each_product_is_one_custom_call(implementation):
     assert sorted(calls(functools.partial(gradient, av), weights, kv)) == [0, 2]
 
 
+@pytest.mark.parametrize("lead", ["b", "n, b"])
+def test_export_with_a_symbolic_batch(lead):
+    """The limit on memory and the choice of tiles see a batch that is not known yet."""
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, *((5,) if lead == "b" else (3, 5)), 6, 2, 4)).astype(np.float32)
+
+    def attend(q, k):
+        scores = jax_na.na_qk(q, k, 3)
+        return jax_na.na_av(jax.nn.softmax(scores, -1), k, 3)
+
+    attend = attend if lead == "b" else jax.vmap(attend)
+
+    def run(q, k):
+        return attend(q, k), jax.grad(lambda q, k: jnp.sum(jnp.sin(attend(q, k))), (0, 1))(q, k)
+
+    token = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"{lead}, 6, 2, 4"), jnp.float32)
+    exported = jax.export.deserialize(jax.export.export(jax.jit(run))(token, token).serialize())
+    for actual, wanted in zip(jax.tree.leaves(exported.call(q, k)), jax.tree.leaves(run(q, k)), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["cuda_gemm", "cuda_naive"])
+def test_symbolic_batch_on_cuda(implementation):
+    token = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 32, 2, 32"), jnp.bfloat16)
+    function = jax.grad(lambda q, k: jnp.sum(jax_na.na_qk(q, k, 3, implementation=implementation)), (0, 1))
+    make = functools.partial(jax.export.export, platforms=["cuda"], disabled_checks=jax_na.EXPORT_SAFETY_CHECKS)
+    assert make(jax.jit(function))(token, token).mlir_module().count("custom_call @jax_na_product") == 2
+
+
 def test_float64_is_not_served_by_cuda():
     with jax.enable_x64(True), pytest.raises(NotImplementedError, match="serve float16, bfloat16, float32"):
         jax_na.na_qk(
