@@ -7,14 +7,29 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import backward, forward
-from jax_na import _backends, _primitives
+from jax_na import _backends, _primitives, _unfused
+from jax_na._spec import Inputs, Spec
 from jax_na.testing.cases import SHORT, Case
+
+
+def attention(spec: Spec, inputs: Inputs, grad_out: Any) -> Any:
+    out, lse = forward(spec, inputs)
+    return out, lse, backward(spec, inputs, out, lse, grad_out)
+
+
+def products(spec: Spec, inputs: Inputs, grad_out: Any) -> Any:
+    """The kernels of the unfused pair, without the softmax between them: that is XLA's."""
+    halo = spec.identity_halo(inputs.query)
+    weights = _unfused.pointwise(spec, inputs.query, inputs.key, halo)
+    per_query = _unfused.neighborhood(spec, weights, inputs.value, halo)
+    return per_query, _unfused.inverse(spec, weights, grad_out, halo, inputs.value.shape[-2 - spec.rank : -1])
 
 
 def main(implementations: list[str]) -> None:
@@ -26,9 +41,8 @@ def main(implementations: list[str]) -> None:
                 spec = case.spec(implementation=implementation)
                 if _backends.IMPLEMENTATIONS[implementation].why_not_on("cuda", spec, inputs) is not None:
                     continue
-                out, lse = forward(spec, inputs)
-                grads = backward(spec, inputs, out, lse, jnp.asarray(case.cotangents(dtype)[0]))
-                jax.block_until_ready((out, lse, grads))
+                run = products if implementation in _unfused.STORES_WEIGHTS else attention
+                jax.block_until_ready(run(spec, inputs, jnp.asarray(case.cotangents(dtype)[0])))
                 ran += 1
                 print(f"{time.time() - start:6.1f} s {implementation} {case.name} {jnp.dtype(dtype)}", flush=True)
     print(f"all cases ran: {ran}")

@@ -9,9 +9,7 @@
 //                          key head.
 #pragma once
 
-#include "matmul_sm80.h"
-#include "recompute_sm80.cuh"
-#include "tile_sm80.h"
+#include "stream_sm80.cuh"
 
 namespace jax_na::fused {
 
@@ -45,31 +43,47 @@ struct GradQueryShared {
   alignas(16) char scores[kScoresOverValue ? 16 : kScoreBytes];  // last: not allocated without a bias gradient
 };
 
-// Adds the grad scores of one chunk, [rows of the tile][kCols] in shared memory, to this block's partial bias gradient.
-// Each entry belongs to one thread and rows are added in order.
+// Adds the grad scores of one chunk, [rows of the tile][kCols] in shared memory, to this block's partial bias gradient. An
+// entry belongs to an offset (column minus row); one thread adds up its diagonal, rows in order. Only offsets that the
+// chunk holds are walked: with large windows they are few among the entries.
 template <int kCols, int kThreads>
 __device__ __noinline__ void accumulate_bias(const Params& p, const Tile& tile, const float* scores, int chunk) {
   const AxisTile &t0 = tile.axis[0], &t1 = tile.axis[1], &t2 = tile.axis[2];
+  const int e1 = t1.extent, e2 = t2.extent, first = chunk * kCols, last = min(first + kCols, tile.volume) - 1;
+  // First and last coordinate of the chunk per axis; an inner one takes every value where an outer one changes.
+  int from[kMaxRank] = {first / (e1 * e2), 0, 0}, to[kMaxRank] = {last / (e1 * e2), e1 - 1, e2 - 1};
+  if (from[0] == to[0]) {
+    from[1] = first / e2 - from[0] * e1;
+    to[1] = last / e2 - to[0] * e1;
+    if (from[1] == to[1]) {
+      from[2] = first % e2;
+      to[2] = last % e2;
+    }
+  }
+  int entry0[kMaxRank], low[kMaxRank], count[kMaxRank];  // offset of entry 0; offsets to walk
+#pragma unroll
+  for (int a = 0; a < kMaxRank; ++a) {
+    const AxisTile& t = tile.axis[a];
+    const int reach = p.axis[a].window - 1;
+    entry0[a] = t.first - t.begin - reach;
+    low[a] = max(from[a] - (t.count - 1), entry0[a]);
+    count[a] = max(min(to[a], entry0[a] + 2 * reach) - low[a] + 1, 0);
+  }
   float* partial = p.bias_partial + int64_t(blockIdx.x) * p.bias_entries;
-  const int e1 = t1.extent, e2 = t2.extent;
-  const int first = chunk * kCols, last = min(first + kCols, tile.volume) - 1;
-  const int first0 = first / (e1 * e2), last0 = last / (e1 * e2);
-  for (int entry = threadIdx.x; entry < p.bias_entries; entry += kThreads) {
-    const int w2 = 2 * p.axis[2].window - 1, w1 = 2 * p.axis[1].window - 1;
-    // Column coordinate = row coordinate + offset.
-    const int off2 = entry % w2 - (p.axis[2].window - 1) + t2.first - t2.begin;
-    const int off1 = entry / w2 % w1 - (p.axis[1].window - 1) + t1.first - t1.begin;
-    const int off0 = entry / w2 / w1 - (p.axis[0].window - 1) + t0.first - t0.begin;
+  for (int i = threadIdx.x; i < count[0] * count[1] * count[2]; i += kThreads) {
+    const int line = i / count[2], off2 = low[2] + i - line * count[2];
+    const int off0 = low[0] + line / count[1], off1 = low[1] + line % count[1];
     float sum = 0.f;
-    for (int r0 = max(0, first0 - off0); r0 < min(t0.count, last0 + 1 - off0); ++r0) {
-      for (int r1 = max(0, -off1); r1 < min(t1.count, e1 - off1); ++r1) {
+    for (int r0 = max(0, from[0] - off0); r0 < min(t0.count, to[0] + 1 - off0); ++r0) {
+      for (int r1 = max(0, from[1] - off1); r1 < min(t1.count, to[1] + 1 - off1); ++r1) {
         const int column = ((r0 + off0) * e1 + r1 + off1) * e2 + off2 - first;
-        const float* line = scores + (r0 * p.axis[1].box + r1) * p.axis[2].box * kCols + column;
+        const float* line_scores = scores + (r0 * p.axis[1].box + r1) * p.axis[2].box * kCols + column;
         const int begin = max(max(0, -off2), -column), end = min(min(t2.count, e2 - off2), kCols - column);
-        for (int r2 = begin; r2 < end; ++r2) sum += line[r2 * (kCols + 1)];
+        for (int r2 = begin; r2 < end; ++r2) sum += line_scores[r2 * (kCols + 1)];
       }
     }
-    partial[entry] += sum;
+    partial[((off0 - entry0[0]) * (2 * p.axis[1].window - 1) + off1 - entry0[1]) * (2 * p.axis[2].window - 1) + off2 -
+            entry0[2]] += sum;
   }
 }
 
@@ -99,107 +113,39 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
     const Tile& tile = shared.tile;
     if (tile.axis[0].count <= 0 || tile.axis[1].count <= 0 || tile.axis[2].count <= 0) continue;
 
-    WarpWindow window;
-    uint32_t low[kRowTiles][2], high[kRowTiles][2];
-    int32_t row_bias[kRowTiles][2];
-    {
-      const int row = warp * kWarpRows + lane % kWarpRows;
-      const Row mine = describe_row<false>(p, tile, row);
-      shared.row_token[row] = mine.token;
-      window.gather(tile, mine, lane < kWarpRows);
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int from = r * 16 + half * 8 + (lane >> 2);
-          low[r][half] = __shfl_sync(0xffffffffu, mine.low, from);
-          high[r][half] = __shfl_sync(0xffffffffu, mine.high, from);
-          row_bias[r][half] = __shfl_sync(0xffffffffu, mine.bias, from);
-        }
-      }
-    }
+    WarpRows<kRowTiles> rows;
+    rows.template gather<false>(p, tile, shared.row_token);
     __syncthreads();
 
-    const int32_t kv_head = tile.head / (problem.heads / problem.kv_heads);
-    const int64_t q_tokens = p.q_tokens, kv_tokens = p.kv_tokens;
-    const int key_bytes = problem.dim * kElementBytes, value_bytes = problem.dim_v * kElementBytes;
-    const int64_t query_step = int64_t(problem.heads) * key_bytes, out_step = int64_t(problem.heads) * value_bytes;
-    const int64_t key_step = int64_t(problem.kv_heads) * key_bytes, value_step = int64_t(problem.kv_heads) * value_bytes;
-    const int64_t first_query = tile.batch * q_tokens, first_key = tile.batch * kv_tokens,
-                  first_extra = tile.batch * problem.num_extra;
-    const char* query =
-        static_cast<const char*>(p.forward.query) + first_query * query_step + int64_t(tile.head) * key_bytes;
-    const char* grad_out =
-        static_cast<const char*>(p.backward.grad_out) + first_query * out_step + int64_t(tile.head) * value_bytes;
-    const char* out = static_cast<const char*>(p.forward.out) + first_query * out_step + int64_t(tile.head) * value_bytes;
-    const char* key = static_cast<const char*>(p.forward.key) + first_key * key_step + int64_t(kv_head) * key_bytes;
-    const char* value = static_cast<const char*>(p.forward.value) + first_key * value_step + int64_t(kv_head) * value_bytes;
-    const int window_chunks = (tile.volume + kCols - 1) / kCols;
-    const int chunks = window_chunks + (problem.num_extra + kCols - 1) / kCols;
-    const T* bias = nullptr;
-    if (p.forward.bias != nullptr) {
-      const int64_t entries = int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
-      bias = static_cast<const T*>(p.forward.bias) +
-             (tile.batch / (problem.batch / problem.bias_batch) * problem.heads + tile.head) * entries;
-    }
+    KeyStream<C, GradQueryShared<C>> stream(p, tile, shared);
+    const T* const bias = stream.bias;
+    const auto out = stream.like_out(static_cast<const void*>(p.forward.out));
+    const auto grad_out = stream.like_out(p.backward.grad_out);
+    copy_rows<C::kRows, kRowBytes, C::kThreads>(ptx::shared_address(shared.query), stream.like_query(p.forward.query),
+                                                ptx::shared_address(shared.grad_out), grad_out, shared.row_token);
+    start<kStages>(stream);
 
-    ColumnWriter<kCols, kStages + 1> writer;
-    writer.restart(tile, thread, 0);
-    const auto write_columns = [&](int chunk) {
-      if (chunk < window_chunks) {
-        writer.template write<false>(p, tile, shared.columns, thread, bias != nullptr);
-      } else {
-        writer.write_extra(tile, shared.columns, thread, (chunk - window_chunks) * kCols, problem.num_extra);
-      }
-    };
-    const auto load_chunk = [&](int chunk) {
-      const int stage = chunk % kStages;
-      const int32_t* tokens = shared.columns.token[chunk % (kStages + 1)];
-      RowSource k{key, static_cast<int32_t>(key_step), key_bytes}, v{value, static_cast<int32_t>(value_step), value_bytes};
-      if (chunk >= window_chunks) {
-        k.base = static_cast<const char*>(p.forward.extra_key) + first_extra * key_step + int64_t(kv_head) * key_bytes;
-        v.base =
-            static_cast<const char*>(p.forward.extra_value) + first_extra * value_step + int64_t(kv_head) * value_bytes;
-      }
-      copy_rows<kCols, kRowBytes, C::kThreads>(ptx::shared_address(shared.key[stage]), k,
-                                               ptx::shared_address(shared.value[stage]), v, tokens);
-    };
-
-    copy_rows<C::kRows, kRowBytes, C::kThreads>(
-        ptx::shared_address(shared.query), RowSource{query, static_cast<int32_t>(query_step), key_bytes},
-        ptx::shared_address(shared.grad_out), RowSource{grad_out, static_cast<int32_t>(out_step), value_bytes},
-        shared.row_token);
-#pragma unroll
-    for (int chunk = 0; chunk < kStages; ++chunk) {
-      if (chunk < chunks) write_columns(chunk);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int chunk = 0; chunk < kStages - 1; ++chunk) {
-      if (chunk < chunks) load_chunk(chunk);
-      ptx::commit_group();
-    }
-
-    // delta, while the copies are under way: kLanes lanes per row.
+    // delta, while the copies are under way: kLanes lanes per row. grad_out as the products of dP see it: where dP and
+    // delta cancel (a window of one key), so do their rounding errors.
     {
       constexpr int kLanes = kRowBytes / 16 < 32 ? kRowBytes / 16 : 32;
       for (int first = 0; first < kWarpRows; first += 32 / kLanes) {
         const int row = warp * kWarpRows + first + lane / kLanes;
         const int32_t token = shared.row_token[row];
         float sum = 0.f;
-        for (int at = lane % kLanes * 16; at < value_bytes && token >= 0; at += kLanes * 16) {
-          const uint4 a = *reinterpret_cast<const uint4*>(out + token * out_step + at);
-          const uint4 b = *reinterpret_cast<const uint4*>(grad_out + token * out_step + at);
+        for (int at = lane % kLanes * 16; at < out.row_bytes && token >= 0; at += kLanes * 16) {
+          const uint4 a = *reinterpret_cast<const uint4*>(out.base + int64_t(token) * out.step + at);
+          const uint4 b = *reinterpret_cast<const uint4*>(grad_out.base + int64_t(token) * out.step + at);
           const T *x = reinterpret_cast<const T*>(&a), *y = reinterpret_cast<const T*>(&b);
 #pragma unroll
-          for (int i = 0; i < 16 / kElementBytes; ++i) sum += E::to_float(x[i]) * E::to_float(y[i]);
+          for (int i = 0; i < 16 / kElementBytes; ++i) sum += E::to_float(x[i]) * E::operand(y[i]);
         }
 #pragma unroll
         for (int mask = kLanes / 2; mask > 0; mask >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
         if (lane % kLanes == 0) {
           float2 stats = make_float2(0.f, 0.f);
           if (token >= 0) {
-            const int64_t at = (first_query + token) * problem.heads + tile.head;
+            const int64_t at = (tile.batch * p.q_tokens + token) * problem.heads + tile.head;
             stats.x = p.forward.lse[at] * 1.4426950408889634f;
             stats.y = sum - (p.backward.grad_lse != nullptr ? p.backward.grad_lse[at] : 0.f);
             p.stats[at] = stats;
@@ -224,25 +170,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
     const uint32_t query_rows = ptx::shared_address(shared.query) + warp * kWarpRows * kRowBytes;
     const uint32_t grad_out_rows = ptx::shared_address(shared.grad_out) + warp * kWarpRows * kRowBytes;
 
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      ptx::wait_group<kStages - 2>();
-      __syncthreads();  // this chunk has arrived; the previous one's buffers and table slot are free
-      if (chunk + kStages - 1 < chunks) load_chunk(chunk + kStages - 1);
-      ptx::commit_group();
-      if (chunk + kStages < chunks) write_columns(chunk + kStages);
-
+    for (int chunk = 0; chunk < stream.chunks; ++chunk) {
+      turn_to<kStages>(stream, chunk);
       const int slot = chunk % (kStages + 1), stage = chunk % kStages;
       const uint32_t* words = shared.columns.word[slot];
-      const bool is_extra = chunk >= window_chunks;
+      const bool is_extra = chunk >= stream.window_chunks;
       const bool adds_bias = wants_bias && !is_extra;
-      const ChunkClass chunk_class = is_extra ? classify_extra<kCols>(words) : classify<kCols>(tile, window, words);
+      const ChunkClass chunk_class = is_extra ? classify_extra<kCols>(words) : classify<kCols>(tile, rows.window, words);
       const uint32_t active = chunk_class.active;
       if (active == 0 && !adds_bias) continue;
-      if (is_extra) {
-        // The words of additional keys are 0, those of empty slots above every bound.
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) low[r][0] = low[r][1] = high[r][0] = high[r][1] = 0;
-      }
+      if (is_extra) rows.turn_to_extra_keys();
 
       float s[kRowTiles][kCols / 8][4] = {}, grad_p[kRowTiles][kCols / 8][4] = {};
       multiply_transposed<E, kRowTiles, kCols, kRowBytes, C::kSkips>(s, query_rows, ptx::shared_address(shared.key[stage]),
@@ -265,10 +202,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
             for (int i = 0; i < 4; ++i) {
               const uint32_t w = i & 1 ? word.y : word.x;
               const int half = i >> 1;
-              const bool hidden = (((w - low[r][half]) | (high[r][half] - w)) & guards) != 0;
+              const bool hidden = rows.hides(r, i, w, guards);
               float shift = lse_log2[r][half];
               if (has_bias && !hidden) {
-                shift -= E::to_float(bias[(i & 1 ? column.y : column.x) - row_bias[r][half]]) * 1.4426950408889634f;
+                shift -= E::to_float(bias[(i & 1 ? column.y : column.x) - rows.bias[r][half]]) * 1.4426950408889634f;
               }
               const float weight = ptx::exp2_approximate(fmaf(s[r][n][i], p.scale_log2, -shift));
               s[r][n][i] = hidden ? 0.f : weight * (grad_p[r][n][i] - delta[r][half]);
@@ -306,13 +243,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
       }
       multiply<E, kRowTiles, kCols, kRowBytes, C::kSkips>(grad, s, ptx::shared_address(shared.key[stage]), active);
     }
-    ptx::wait_group<0>();
-    if (chunks == 0) __syncthreads();  // the loop has not waited for the rows, and their buffer becomes the staging area
+    finish(stream);
 
     const int32_t* tokens = shared.row_token + warp * kWarpRows;
-    char* destination =
-        static_cast<char*>(p.backward.grad_query) + first_query * query_step + int64_t(tile.head) * key_bytes;
-    uint32_t tainted[kRowTiles][2];
+    TaintedRows<kRowTiles> tainted;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -326,23 +260,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_query_kernel(
             check += grad[r][n][i];
           }
         }
-        tainted[r][half] = __ballot_sync(0xffffffffu, tokens[r * 16 + half * 8 + (lane >> 2)] >= 0 && check != check);
+        tainted.mark(r, half, check, tokens);
       }
     }
-    store_rows<E, kRowTiles, kRowBytes>(grad, query_rows, destination, query_step, key_bytes, tokens);
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (tainted[r][half] == 0) continue;
-        for (int g = 0; g < 8; ++g) {
-          if ((tainted[r][half] >> (4 * g) & 15u) != 0) {
-            __syncwarp();
-            recompute_grad_query<E>(p, tile, warp * kWarpRows + r * 16 + half * 8 + g);
-          }
-        }
-      }
-    }
+    store_rows<E, kRowTiles, kRowBytes>(grad, query_rows, stream.like_query(p.backward.grad_query), tokens);
+    tainted.for_each([&](int row) { recompute_grad_query<E>(p, tile, row); });
   }
 }
 
@@ -375,125 +297,41 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
   const Tile& tile = shared.tile;
   if (tile.axis[0].count <= 0 || tile.axis[1].count <= 0 || tile.axis[2].count <= 0) return;
 
-  WarpWindow window;
-  uint32_t low[kRowTiles][2], high[kRowTiles][2];
-  int32_t row_bias[kRowTiles][2];
-  {
-    const int row = warp * kWarpRows + lane % kWarpRows;
-    const Row mine = describe_row<true>(p, tile, row);
-    shared.row_token[row] = mine.token;
-    window.gather(tile, mine, lane < kWarpRows);
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int from = r * 16 + half * 8 + (lane >> 2);
-        low[r][half] = __shfl_sync(0xffffffffu, mine.low, from);
-        high[r][half] = __shfl_sync(0xffffffffu, mine.high, from);
-        row_bias[r][half] = __shfl_sync(0xffffffffu, mine.bias, from);
-      }
-    }
-  }
+  WarpRows<kRowTiles> rows;
+  rows.template gather<true>(p, tile, shared.row_token);
   __syncthreads();
 
-  const int32_t heads_per_kv = problem.heads / problem.kv_heads;
-  const int32_t first_head = tile.head * heads_per_kv;
-  const int64_t q_tokens = p.q_tokens, kv_tokens = p.extra_rows ? problem.num_extra : p.kv_tokens;
-  const int key_bytes = problem.dim * kElementBytes, value_bytes = problem.dim_v * kElementBytes;
-  const int64_t query_step = int64_t(problem.heads) * key_bytes, out_step = int64_t(problem.heads) * value_bytes;
-  const int64_t key_step = int64_t(problem.kv_heads) * key_bytes, value_step = int64_t(problem.kv_heads) * value_bytes;
-  const int64_t first_query = tile.batch * q_tokens, first_key = tile.batch * kv_tokens;
-  const char* key = static_cast<const char*>(p.extra_rows ? p.forward.extra_key : p.forward.key) + first_key * key_step +
-                    int64_t(tile.head) * key_bytes;
-  const char* value = static_cast<const char*>(p.extra_rows ? p.forward.extra_value : p.forward.value) +
-                      first_key * value_step + int64_t(tile.head) * value_bytes;
-  const char* query =
-      static_cast<const char*>(p.forward.query) + first_query * query_step + int64_t(first_head) * key_bytes;
-  const char* grad_out =
-      static_cast<const char*>(p.backward.grad_out) + first_query * out_step + int64_t(first_head) * value_bytes;
-  const float2* stats = p.stats + first_query * problem.heads + first_head;
-  const T* bias = nullptr;
-  int64_t bias_entries = 0;
-  if (p.forward.bias != nullptr && !p.extra_rows) {
-    bias_entries = int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
-    bias = static_cast<const T*>(p.forward.bias) +
-           (tile.batch / (problem.batch / problem.bias_batch) * problem.heads + first_head) * bias_entries;
-  }
-
-  // Chunks of all query heads of this key head, one head after the other; with additional keys, this block's share of them.
-  const int chunks_per_head = (tile.volume + kCols - 1) / kCols;
-  const int all_chunks = chunks_per_head * heads_per_kv;
-  const int share = (all_chunks + p.splits - 1) / p.splits;
-  const int begin = p.extra_rows ? min(tile.split * share, all_chunks) : 0;
-  const int chunks = p.extra_rows ? min(begin + share, all_chunks) - begin : all_chunks;
-
-  ColumnWriter<kCols, kStages + 1> writer;
-  int write_at = chunks_per_head == 0 ? 0 : begin % chunks_per_head;
-  writer.restart(tile, thread, write_at);
-  const auto write_columns = [&]() {
-    if (write_at == chunks_per_head) {
-      writer.restart(tile, thread, 0);
-      write_at = 0;
-    }
-    writer.template write<true>(p, tile, shared.columns, thread, bias != nullptr);
-    ++write_at;
+  QueryStream<C, GradKeyValueShared<C>> stream(p, tile, shared);
+  const HeadBytes<T> bytes = stream.bytes;
+  const int64_t first_key = tile.batch * (p.extra_rows ? problem.num_extra : p.kv_tokens);
+  const auto key_head = [&](auto* tensor) { return head_rows(tensor, first_key, tile.head, bytes.key_step, bytes.key); };
+  const auto value_head = [&](auto* tensor) {
+    return head_rows(tensor, first_key, tile.head, bytes.value_step, bytes.value);
   };
-  int load_at = chunks_per_head == 0 ? 0 : begin % chunks_per_head;
-  int load_head = chunks_per_head == 0 ? 0 : begin / chunks_per_head;
-  const auto load_chunk = [&](int chunk) {
-    if (load_at == chunks_per_head) {
-      load_at = 0;
-      ++load_head;
-    }
-    ++load_at;
-    const int stage = chunk % kStages;
-    const int32_t* tokens = shared.columns.token[chunk % (kStages + 1)];
-    const RowSource q_rows{query + int64_t(load_head) * key_bytes, static_cast<int32_t>(query_step), key_bytes};
-    const RowSource o_rows{grad_out + int64_t(load_head) * value_bytes, static_cast<int32_t>(out_step), value_bytes};
-    copy_rows<kCols, kRowBytes, C::kThreads>(ptx::shared_address(shared.query[stage]), q_rows,
-                                             ptx::shared_address(shared.grad_out[stage]), o_rows, tokens);
-    if (thread < kCols) {
-      const int32_t token = tokens[thread];
-      ptx::copy_8(ptx::shared_address(&shared.stats[stage][thread]),
-                  stats + (token >= 0 ? int64_t(token) * problem.heads + load_head : 0), token >= 0);
-    }
-  };
-
   copy_rows<C::kRows, kRowBytes, C::kThreads>(
-      ptx::shared_address(shared.key), RowSource{key, static_cast<int32_t>(key_step), key_bytes},
-      ptx::shared_address(shared.value), RowSource{value, static_cast<int32_t>(value_step), value_bytes}, shared.row_token);
-#pragma unroll
-  for (int chunk = 0; chunk < kStages; ++chunk) {
-    if (chunk < chunks) write_columns();
-  }
-  __syncthreads();
-#pragma unroll
-  for (int chunk = 0; chunk < kStages - 1; ++chunk) {
-    if (chunk < chunks) load_chunk(chunk);
-    ptx::commit_group();
-  }
+      ptx::shared_address(shared.key), key_head(p.extra_rows ? p.forward.extra_key : p.forward.key),
+      ptx::shared_address(shared.value), value_head(p.extra_rows ? p.forward.extra_value : p.forward.value),
+      shared.row_token);
+  const T* bias = p.extra_rows ? nullptr : head_bias<T>(p, tile.batch, tile.head * (problem.heads / problem.kv_heads));
+  start<kStages>(stream);
 
   float grad_key[kRowTiles][kKey ? C::kDim / 8 : 1][4] = {};
   float grad_value[kRowTiles][kValue ? C::kDim / 8 : 1][4] = {};
   const uint32_t key_rows = ptx::shared_address(shared.key) + warp * kWarpRows * kRowBytes;
   const uint32_t value_rows = ptx::shared_address(shared.value) + warp * kWarpRows * kRowBytes;
-  int head_chunk = chunks_per_head == 0 ? 0 : begin % chunks_per_head;  // of the chunk at hand, for the bias
+  int head_chunk = stream.first_chunk;  // of the chunk at hand, for the bias
 
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    ptx::wait_group<kStages - 2>();
-    __syncthreads();  // this chunk has arrived; the previous one's buffers and table slot are free
-    if (chunk + kStages - 1 < chunks) load_chunk(chunk + kStages - 1);
-    ptx::commit_group();
-    if (chunk + kStages < chunks) write_columns();
-    if (head_chunk == chunks_per_head) {
+  for (int chunk = 0; chunk < stream.chunks; ++chunk) {
+    turn_to<kStages>(stream, chunk);
+    if (head_chunk == stream.chunks_per_head) {
       head_chunk = 0;
-      if (bias != nullptr) bias += bias_entries;
+      if (bias != nullptr) bias += int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
     }
     ++head_chunk;
 
     const int slot = chunk % (kStages + 1), stage = chunk % kStages;
     const uint32_t* words = shared.columns.word[slot];
-    const ChunkClass chunk_class = classify<kCols>(tile, window, words);
+    const ChunkClass chunk_class = classify<kCols>(tile, rows.window, words);
     const uint32_t active = chunk_class.active;
     if (active == 0) continue;
     const auto is_active = [&](int n) { return !C::kSkips || (active >> (n / 2) & 1) != 0; };
@@ -516,11 +354,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const uint32_t w = i & 1 ? word.y : word.x;
-            const int half = i >> 1;
-            const bool hidden = (((w - low[r][half]) | (high[r][half] - w)) & guards) != 0;
+            const bool hidden = rows.hides(r, i, w, guards);
             float shift = i & 1 ? column_stats.z : column_stats.x;
             if (bias != nullptr && !hidden) {
-              shift -= E::to_float(bias[(i & 1 ? column.y : column.x) - row_bias[r][half]]) * 1.4426950408889634f;
+              shift -= E::to_float(bias[(i & 1 ? column.y : column.x) - rows.bias[r][i >> 1]]) * 1.4426950408889634f;
             }
             const float weight = ptx::exp2_approximate(fmaf(s[r][n][i], p.scale_log2, -shift));
             s[r][n][i] = hidden ? 0.f : weight;
@@ -557,8 +394,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
       multiply<E, kRowTiles, kCols, kRowBytes, C::kSkips>(grad_key, s, ptx::shared_address(shared.query[stage]), active);
     }
   }
-  ptx::wait_group<0>();
-  if (chunks == 0) __syncthreads();  // the loop has not waited for the rows, and their buffer becomes the staging area
+  finish(stream);
 
   const int32_t* tokens = shared.row_token + warp * kWarpRows;
   if constexpr (kKey) {
@@ -601,7 +437,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
     return;
   }
 
-  uint32_t tainted[kRowTiles][2];
+  TaintedRows<kRowTiles> tainted;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -615,31 +451,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) grad_key_value_ker
           if constexpr (kValue) check += grad_value[r][n][i];
         }
       }
-      tainted[r][half] = __ballot_sync(0xffffffffu, tokens[r * 16 + half * 8 + (lane >> 2)] >= 0 && check != check);
+      tainted.mark(r, half, check, tokens);
     }
   }
   if constexpr (kKey) {
-    char* destination = static_cast<char*>(p.backward.grad_key) + first_key * key_step + int64_t(tile.head) * key_bytes;
-    store_rows<E, kRowTiles, kRowBytes>(grad_key, key_rows, destination, key_step, key_bytes, tokens);
+    store_rows<E, kRowTiles, kRowBytes>(grad_key, key_rows, key_head(p.backward.grad_key), tokens);
   }
   if constexpr (kValue) {
-    char* destination =
-        static_cast<char*>(p.backward.grad_value) + first_key * value_step + int64_t(tile.head) * value_bytes;
-    store_rows<E, kRowTiles, kRowBytes>(grad_value, value_rows, destination, value_step, value_bytes, tokens);
+    store_rows<E, kRowTiles, kRowBytes>(grad_value, value_rows, value_head(p.backward.grad_value), tokens);
   }
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (tainted[r][half] == 0) continue;
-      for (int g = 0; g < 8; ++g) {
-        if ((tainted[r][half] >> (4 * g) & 15u) != 0) {
-          __syncwarp();
-          recompute_grad_key_value<E>(p, tile, warp * kWarpRows + r * 16 + half * 8 + g);
-        }
-      }
-    }
-  }
+  tainted.for_each([&](int row) { recompute_grad_key_value<E>(p, tile, row); });
 }
 
 }  // namespace jax_na::fused

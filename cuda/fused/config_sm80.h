@@ -22,7 +22,7 @@ struct Shape {
 constexpr Shape forward_shape(bool is_16_bit, int dim, bool large) {
   if (is_16_bit) {
     switch (dim) {
-      case 32: return large ? Shape{2, 64, 2, 4, 3} : Shape{2, 64, 2, 2, 6};
+      case 32: return Shape{2, 64, 2, 2, 6};
       case 64: return large ? Shape{2, 64, 2, 4, 2} : Shape{1, 64, 2, 4, 4, true};
       case 128: return large ? Shape{2, 64, 2, 4, 2} : Shape{1, 64, 2, 4, 2};
       default: return Shape{1, 32, 2, 4, 2};
@@ -73,8 +73,8 @@ constexpr Shape grad_key_value_shape(bool is_16_bit, int dim, bool large) {
 // The accumulators of both gradients fit the registers up to this head dimension; above, they are computed one after the
 // other.
 constexpr bool splits_gradients(int dim) { return dim > 128; }
-// 32 rows a warp: only where registers allow it.
-constexpr bool has_large_forward(bool is_16_bit, int dim) { return is_16_bit && dim <= 128; }
+// A second kernel of 128 rows: where registers allow it and a row of DESIGN.md gains by it.
+constexpr bool has_large_forward(bool is_16_bit, int dim) { return is_16_bit && (dim == 64 || dim == 128); }
 constexpr bool has_large_backward(bool is_16_bit, int dim) { return is_16_bit && dim == 64; }
 
 // For the cost model (tile_choice_sm80.h): a chunk, and beginning and end of a tile, in units of a chunk of 64 columns by

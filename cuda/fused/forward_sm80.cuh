@@ -5,9 +5,7 @@
 // (accumulators), mask, online softmax in base 2, O += P V with P straight from the accumulators.
 #pragma once
 
-#include "matmul_sm80.h"
-#include "recompute_sm80.cuh"
-#include "tile_sm80.h"
+#include "stream_sm80.cuh"
 
 namespace jax_na::fused {
 
@@ -35,7 +33,6 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(const __grid_constant__ Params p) {
   using E = typename C::E;
   constexpr int kRowTiles = C::kRowTiles, kCols = C::kCols, kStages = C::kStages, kRowBytes = C::kRowBytes;
-  constexpr int kElementBytes = sizeof(typename E::Storage);
   constexpr int kWarpRows = 16 * kRowTiles;
   extern __shared__ __align__(1024) char shared_bytes[];
   auto& shared = *reinterpret_cast<ForwardShared<C>*>(shared_bytes);
@@ -47,81 +44,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
   const Tile& tile = shared.tile;
   if (tile.axis[0].count <= 0 || tile.axis[1].count <= 0 || tile.axis[2].count <= 0) return;
 
-  // Rows.
-  WarpWindow window;
-  uint32_t low[kRowTiles][2], high[kRowTiles][2];
-  int32_t row_bias[kRowTiles][2];
-  {
-    const int row = warp * kWarpRows + lane % kWarpRows;
-    const Row mine = describe_row<false>(p, tile, row);
-    shared.row_token[row] = mine.token;
-    window.gather(tile, mine, lane < kWarpRows);
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int from = r * 16 + half * 8 + (lane >> 2);
-        low[r][half] = __shfl_sync(0xffffffffu, mine.low, from);
-        high[r][half] = __shfl_sync(0xffffffffu, mine.high, from);
-        row_bias[r][half] = __shfl_sync(0xffffffffu, mine.bias, from);
-      }
-    }
-  }
+  WarpRows<kRowTiles> rows;
+  rows.template gather<false>(p, tile, shared.row_token);
   __syncthreads();
 
-  // Sources.
-  const int32_t kv_head = tile.head / (problem.heads / problem.kv_heads);
-  const int64_t q_tokens = p.q_tokens, kv_tokens = p.kv_tokens;
-  const int key_bytes = problem.dim * kElementBytes, value_bytes = problem.dim_v * kElementBytes;
-  const int64_t query_step = int64_t(problem.heads) * key_bytes, out_step = int64_t(problem.heads) * value_bytes;
-  const int64_t key_step = int64_t(problem.kv_heads) * key_bytes, value_step = int64_t(problem.kv_heads) * value_bytes;
-  const int64_t first_query = tile.batch * q_tokens, first_key = tile.batch * kv_tokens,
-                first_extra = tile.batch * problem.num_extra;
-  const char* query = static_cast<const char*>(p.forward.query) + first_query * query_step + int64_t(tile.head) * key_bytes;
-  const char* key = static_cast<const char*>(p.forward.key) + first_key * key_step + int64_t(kv_head) * key_bytes;
-  const char* value = static_cast<const char*>(p.forward.value) + first_key * value_step + int64_t(kv_head) * value_bytes;
-  const int window_chunks = (tile.volume + kCols - 1) / kCols;
-  const int chunks = window_chunks + (problem.num_extra + kCols - 1) / kCols;
-  const typename E::Storage* bias = nullptr;
-  if (p.forward.bias != nullptr) {
-    const int64_t entries = int64_t(p.axis[0].bias_step) * (2 * p.axis[0].window - 1);
-    bias = static_cast<const typename E::Storage*>(p.forward.bias) +
-           (tile.batch / (problem.batch / problem.bias_batch) * problem.heads + tile.head) * entries;
-  }
-
-  ColumnWriter<kCols, kStages + 1> writer;
-  writer.restart(tile, thread, 0);
-  const auto write_columns = [&](int chunk) {
-    if (chunk < window_chunks) {
-      writer.template write<false>(p, tile, shared.columns, thread, bias != nullptr);
-    } else {
-      writer.write_extra(tile, shared.columns, thread, (chunk - window_chunks) * kCols, problem.num_extra);
-    }
-  };
-  const auto load_chunk = [&](int chunk) {
-    const int stage = chunk % kStages;
-    const int32_t* tokens = shared.columns.token[chunk % (kStages + 1)];
-    RowSource k{key, static_cast<int32_t>(key_step), key_bytes}, v{value, static_cast<int32_t>(value_step), value_bytes};
-    if (chunk >= window_chunks) {
-      k.base = static_cast<const char*>(p.forward.extra_key) + first_extra * key_step + int64_t(kv_head) * key_bytes;
-      v.base = static_cast<const char*>(p.forward.extra_value) + first_extra * value_step + int64_t(kv_head) * value_bytes;
-    }
-    copy_rows<kCols, kRowBytes, C::kThreads>(ptx::shared_address(shared.key[stage]), k,
-                                             ptx::shared_address(shared.value[stage]), v, tokens);
-  };
-
-  copy_rows<C::kRows, kRowBytes, C::kThreads>(
-      ptx::shared_address(shared.query), RowSource{query, static_cast<int32_t>(query_step), key_bytes}, shared.row_token);
-#pragma unroll
-  for (int chunk = 0; chunk < kStages; ++chunk) {
-    if (chunk < chunks) write_columns(chunk);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int chunk = 0; chunk < kStages - 1; ++chunk) {
-    if (chunk < chunks) load_chunk(chunk);
-    ptx::commit_group();
-  }
+  KeyStream<C, ForwardShared<C>> stream(p, tile, shared);
+  const auto* const bias = stream.bias;
+  copy_rows<C::kRows, kRowBytes, C::kThreads>(ptx::shared_address(shared.query), stream.like_query(p.forward.query),
+                                              shared.row_token);
+  start<kStages>(stream);
 
   float out[kRowTiles][C::kDim / 8][4] = {};
   float row_max[kRowTiles][2], row_sum[kRowTiles][2];
@@ -138,23 +69,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
   const float scale = scale_first ? 1.f : p.scale_log2;
   const uint32_t query_rows = ptx::shared_address(shared.query) + warp * kWarpRows * kRowBytes;
 
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    ptx::wait_group<kStages - 2>();
-    __syncthreads();  // this chunk has arrived; the previous one's buffers and table slot are free
-    if (chunk + kStages - 1 < chunks) load_chunk(chunk + kStages - 1);
-    ptx::commit_group();
-    if (chunk + kStages < chunks) write_columns(chunk + kStages);
-
+  for (int chunk = 0; chunk < stream.chunks; ++chunk) {
+    turn_to<kStages>(stream, chunk);
     const uint32_t* words = shared.columns.word[chunk % (kStages + 1)];
-    const bool is_extra = chunk >= window_chunks;
-    const ChunkClass chunk_class = is_extra ? classify_extra<kCols>(words) : classify<kCols>(tile, window, words);
+    const bool is_extra = chunk >= stream.window_chunks;
+    const ChunkClass chunk_class = is_extra ? classify_extra<kCols>(words) : classify<kCols>(tile, rows.window, words);
     const uint32_t active = chunk_class.active;
     if (active == 0) continue;
-    if (is_extra) {
-      // The words of additional keys are 0, those of empty slots above every bound.
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) low[r][0] = low[r][1] = high[r][0] = high[r][1] = 0;
-    }
+    if (is_extra) rows.turn_to_extra_keys();
     const auto is_active = [&](int n) { return !C::kSkips || (active >> (n / 2) & 1) != 0; };
 
     float s[kRowTiles][kCols / 8][4] = {};
@@ -181,9 +103,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const uint32_t w = i & 1 ? word.y : word.x;
-              const bool seen = (((w - low[r][i >> 1]) | (high[r][i >> 1] - w)) & tile.guards) == 0;
-              const int32_t entry = (i & 1 ? column.y : column.x) - row_bias[r][i >> 1];
-              if (seen) s[r][n][i] += E::to_float(bias[entry]) * 1.4426950408889634f;
+              const int32_t entry = (i & 1 ? column.y : column.x) - rows.bias[r][i >> 1];
+              if (!rows.hides(r, i, w, tile.guards)) s[r][n][i] += E::to_float(bias[entry]) * 1.4426950408889634f;
             }
           }
         }
@@ -205,8 +126,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const uint32_t w = i & 1 ? word.y : word.x;
-            const bool hidden = (((w - low[r][i >> 1]) | (high[r][i >> 1] - w)) & guards) != 0;
-            s[r][n][i] = hidden ? -INFINITY : s[r][n][i];
+            s[r][n][i] = rows.hides(r, i, w, guards) ? -INFINITY : s[r][n][i];
           }
         }
       }
@@ -257,14 +177,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
     }
     multiply<E, kRowTiles, kCols, kRowBytes, C::kSkips>(out, s, ptx::shared_address(shared.value[chunk % kStages]), active);
   }
-  ptx::wait_group<0>();
-  if (chunks == 0) __syncthreads();  // the loop has not waited for the rows, and their buffer becomes the staging area
+  finish(stream);
 
   // Epilogue.
-  char* destination = static_cast<char*>(p.forward.out) + first_query * out_step + int64_t(tile.head) * value_bytes;
-  float* lse = p.forward.lse + first_query * problem.heads + tile.head;
+  float* lse = p.forward.lse + tile.batch * p.q_tokens * problem.heads + tile.head;
   const int32_t* tokens = shared.row_token + warp * kWarpRows;
-  uint32_t tainted[kRowTiles][2];
+  TaintedRows<kRowTiles> tainted;
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -283,29 +201,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks) forward_kernel(con
         }
       }
       const int32_t token = tokens[r * 16 + half * 8 + (lane >> 2)];
-      tainted[r][half] = __ballot_sync(0xffffffffu, token >= 0 && check != check);
+      tainted.mark(r, half, check, tokens);
       if (q == 0 && token >= 0) {
         const float m = row_max[r][half] * scale;
         lse[int64_t(token) * problem.heads] = sum == 0.f ? -INFINITY : m * 0.6931471805599453f + logf(sum);
       }
     }
   }
-  store_rows<E, kRowTiles, kRowBytes>(out, query_rows, destination, out_step, value_bytes, tokens);
-  // A NaN or an infinity among the columns that a row does not see has met a zero weight in the matrix product: such rows
-  // are computed again, one key at a time.
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (tainted[r][half] == 0) continue;
-      for (int g = 0; g < 8; ++g) {
-        if ((tainted[r][half] >> (4 * g) & 15u) != 0) {
-          __syncwarp();
-          recompute_out<E>(p, tile, warp * kWarpRows + r * 16 + half * 8 + g);
-        }
-      }
-    }
-  }
+  store_rows<E, kRowTiles, kRowBytes>(out, query_rows, stream.like_out(p.forward.out), tokens);
+  tainted.for_each([&](int row) { recompute_out<E>(p, tile, row); });
 }
 
 }  // namespace jax_na::fused

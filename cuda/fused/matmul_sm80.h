@@ -12,11 +12,13 @@ namespace jax_na::fused {
 
 namespace ptx = jax_na::sm80;
 
+// An element: how it is stored; `operand`, the number that the matrix product sees of it; the product of one instruction.
 struct F16 {
   using Storage = __half;
   static constexpr bool k16Bit = true;
   static __device__ __forceinline__ uint32_t pack(float a, float b) { return ptx::pack_f16(a, b); }
   static __device__ __forceinline__ float to_float(Storage x) { return __half2float(x); }
+  static __device__ __forceinline__ float operand(Storage x) { return to_float(x); }
   static __device__ __forceinline__ Storage from_float(float x) { return __float2half_rn(x); }
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     ptx::mma_f16(c, a, b0, b1);
@@ -28,6 +30,7 @@ struct BF16 {
   static constexpr bool k16Bit = true;
   static __device__ __forceinline__ uint32_t pack(float a, float b) { return ptx::pack_bf16(a, b); }
   static __device__ __forceinline__ float to_float(Storage x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ float operand(Storage x) { return to_float(x); }
   static __device__ __forceinline__ Storage from_float(float x) { return __float2bfloat16_rn(x); }
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     ptx::mma_bf16(c, a, b0, b1);
@@ -39,6 +42,9 @@ struct TF32 {
   using Storage = float;
   static constexpr bool k16Bit = false;
   static __device__ __forceinline__ float to_float(Storage x) { return x; }
+  static __device__ __forceinline__ float operand(Storage x) {
+    return __uint_as_float(ptx::round_tf32(__float_as_uint(x)));
+  }
   static __device__ __forceinline__ Storage from_float(float x) { return x; }
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t rounded[4] = {ptx::round_tf32(a[0]), ptx::round_tf32(a[1]), ptx::round_tf32(a[2]),
@@ -52,6 +58,7 @@ struct F32 {
   using Storage = float;
   static constexpr bool k16Bit = false;
   static __device__ __forceinline__ float to_float(Storage x) { return x; }
+  static __device__ __forceinline__ float operand(Storage x) { return x; }
   static __device__ __forceinline__ Storage from_float(float x) { return x; }
   static __device__ __forceinline__ uint32_t rest(uint32_t x, uint32_t big) {
     return ptx::round_tf32(__float_as_uint(__uint_as_float(x) - __uint_as_float(big)));
@@ -195,11 +202,14 @@ __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kRowBytes / sizeo
 
 // Copies kRows rows of two tensors into two shared tiles; tokens[r] < 0 and bytes beyond a row's own become zero. Row bytes
 // are multiples of 16, `step` is the distance between tokens in bytes.
-struct RowSource {
-  const char* base;
+template <class Byte>
+struct Rows {
+  Byte* base;
   int32_t step;
   int32_t row_bytes;
 };
+using RowSource = Rows<const char>;
+using RowTarget = Rows<char>;
 
 template <int kRows, int kRowBytes, int kThreads>
 __device__ __forceinline__ void copy_rows(uint32_t tile_a, const RowSource& a, uint32_t tile_b, const RowSource& b,
@@ -254,8 +264,7 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, const RowSource& source
 // Writes this warp's rows of an accumulator to global memory, through its own rows of a shared tile (kRowTiles * 16 rows).
 template <class E, int kRowTiles, int kRowBytes>
 __device__ __forceinline__ void store_rows(const float (&o)[kRowTiles][kRowBytes / sizeof(typename E::Storage) / 8][4],
-                                           uint32_t tile, char* destination, int64_t token_bytes, int row_bytes,
-                                           const int32_t* tokens) {
+                                           uint32_t tile, const RowTarget& target, const int32_t* tokens) {
   const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
   __syncwarp();
 #pragma unroll
@@ -290,8 +299,8 @@ __device__ __forceinline__ void store_rows(const float (&o)[kRowTiles][kRowBytes
                  : "r"(tile + swizzled<kRowBytes>(row, chunk))
                  : "memory");
     const int32_t token = tokens[row];
-    if (token >= 0 && chunk * 16 < row_bytes) {
-      *reinterpret_cast<uint4*>(destination + token * token_bytes + chunk * 16) = make_uint4(x, y, z, w);
+    if (token >= 0 && chunk * 16 < target.row_bytes) {
+      *reinterpret_cast<uint4*>(target.base + int64_t(token) * target.step + chunk * 16) = make_uint4(x, y, z, w);
     }
   }
 }

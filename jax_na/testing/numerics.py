@@ -36,14 +36,7 @@ def round_to_tf32(array: Any) -> Any:
 def same_precision(
     spec: Spec, inputs: Inputs, halo: Array, grad_out: Array, grad_lse: Array
 ) -> tuple[tuple[Array, Array], Inputs]:
-    """The definition in the inputs' own precision, weights rounded to it: values and gradients.
-
-    Recomputing kernels subtract ``delta = sum(out * grad_out)`` from products of rounded operands. Where tensor cores read
-    float32 as TF32 this noise is added to ``grad_lse``, which enters the gradients at the same place.
-    """
-    if inputs.query.dtype == jnp.float32 and spec.precision == jax.lax.Precision.DEFAULT and jax.default_backend() == "gpu":
-        out = np.asarray(_definition.attention(spec, inputs, halo)[0])
-        grad_lse = grad_lse + np.sum(round_to_tf32(out) * round_to_tf32(grad_out) - out * np.asarray(grad_out), -1)
+    """The definition in the inputs' own precision, weights rounded to it: values and gradients."""
     plain = dataclasses.replace(spec, implementation=None)
 
     @jax.jit
