@@ -219,11 +219,14 @@ def _why_not_hopper(spec: Spec, inputs: Inputs, is_backward: bool) -> str | None
 
 
 def hopper_backward_bytes(spec: Spec, inputs: Inputs) -> int:
-    """``BackwardWorkspace`` in ``cuda/fused/backward_sm90.h``: tile counters, lse and delta, window tables, dq in float32."""
-    rows = math.prod(inputs.query.shape[:-1])
-    axis_tokens = sum(spec.spatial(inputs.query)) + sum(spec.spatial(inputs.key)) + 2 * (3 - len(spec.window))
-    parts = [8 * rows, 8 * axis_tokens, 0 if spec.deterministic else 4 * rows * inputs.query.shape[-1]]
-    return 256 + sum(-(-part // 256) * 256 for part in parts)
+    """``BackwardWorkspace`` in ``cuda/fused/backward_sm90.h``: counters, lse and delta, window tables, sums of dq; if
+    deterministic, norms of dO and the extrema of keys and values."""
+    rows, kv_heads = math.prod(inputs.query.shape[:-1]), inputs.key.shape[-2]
+    axis_tokens = sum(spec.spatial(inputs.key)) + 3 - len(spec.window)
+    parts = [256, 8 * rows, 8 * axis_tokens, 4 * rows * inputs.query.shape[-1]]
+    if spec.deterministic:
+        parts += [4 * rows, 8 * math.prod(spec.lead(inputs.query)) * kv_heads]
+    return sum(-(-part // 256) * 256 for part in parts)
 
 
 # In order of preference: among those that serve a call statically, the first that runs on the device of the call is taken.

@@ -1,7 +1,7 @@
 // Tile shapes of the Hopper backward: the boxes with the least estimated time for this problem's axes.
 //
-// The number of inner boxes a tile visits is a product over the axes, so its sum over all tiles is a product of sums per
-// axis, and each of these depends on one outer and one inner box length only. Exact at the edges of the axes (the ranges
+// The number of query boxes a key tile visits is a product over the axes, so its sum over all tiles is a product of sums
+// per axis, and each of these depends on the lengths of both boxes there only. Exact at the edges of the axes (the ranges
 // come from the window rule and its inverse).
 #pragma once
 
@@ -18,21 +18,20 @@
 namespace jax_na::hopper {
 
 struct BackwardBoxes {
-  std::array<int32_t, kMaxRank> outer{1, 1, 1};
-  std::array<int32_t, kMaxRank> inner{1, 1, 1};
+  std::array<int32_t, kMaxRank> keys{1, 1, 1};
+  std::array<int32_t, kMaxRank> queries{1, 1, 1};
   double cost_ns = 0;  // on one SM
   bool found = false;
 };
 
-// Sums over the outer tiles of one axis, all dilation groups.
+// Sums over the key tiles of one axis, all dilation groups.
 struct AxisVisits {
   double tiles = 0;
   double boxes = 0;
   double full_boxes = 0;
 };
 
-template <BackwardPass kPass>
-AxisVisits axis_visits(const Axis& axis, bool sharded, int32_t outer_box, int32_t inner_box) {
+inline AxisVisits axis_visits(const Axis& axis, bool sharded, int32_t key_box, int32_t query_box) {
   AxisVisits sum;
   for (int32_t longer = 0; longer < 2; ++longer) {
     const int32_t num_longer = axis.kv_len % axis.dilation;
@@ -40,22 +39,19 @@ AxisVisits axis_visits(const Axis& axis, bool sharded, int32_t outer_box, int32_
     const int32_t length = axis.kv_len / axis.dilation + longer;
     if (groups == 0 || length == 0) continue;
     const PlannedQueries queries = planned_queries(axis, sharded, length);
-    const Interval query_side{queries.first, queries.first + queries.count}, key_side{0, length};
-    const Interval outer = kPass == BackwardPass::kKeys ? key_side : query_side;
-    const Interval inner = kPass == BackwardPass::kKeys ? query_side : key_side;
     const auto needs = [&](int32_t i) {
-      const Interval all = inner_of_outer<kPass>(axis, length, i);
-      return Interval{std::max(all.begin, inner.begin), std::min(all.end, inner.end)};
+      const Interval all = queries_of_key(axis, length, i);
+      return Interval{std::max(all.begin, queries.first), std::min(all.end, queries.first + queries.count)};
     };
-    for (int32_t first = outer.begin; first < outer.end; first += outer_box) {
-      const int32_t last = std::min(first + outer_box, outer.end) - 1;
+    for (int32_t first = 0; first < length; first += key_box) {
+      const int32_t last = std::min(first + key_box, length) - 1;
       const Interval low = needs(first), high = needs(last);
-      const int32_t boxes = (std::max(high.end - low.begin, 0) + inner_box - 1) / inner_box;
+      const int32_t boxes = (std::max(high.end - low.begin, 0) + query_box - 1) / query_box;
       sum.tiles += groups;
       sum.boxes += double(groups) * boxes;
-      if (last - first + 1 == outer_box) {
-        const int32_t begin = (std::max(high.begin - low.begin, 0) + inner_box - 1) / inner_box;
-        const int32_t end = (low.end - low.begin) / inner_box;
+      if (last - first + 1 == key_box) {
+        const int32_t begin = (std::max(high.begin - low.begin, 0) + query_box - 1) / query_box;
+        const int32_t end = (low.end - low.begin) / query_box;
         sum.full_boxes += double(groups) * std::max(end - begin, 0);
       }
     }
@@ -93,28 +89,26 @@ inline std::vector<std::array<int32_t, kMaxRank>> box_candidates(const Problem& 
   return boxes;
 }
 
-template <BackwardPass kPass>
-BackwardBoxes choose_backward_boxes(const Problem& problem, const BackwardRegime& regime) {
+inline BackwardBoxes choose_backward_boxes(const Problem& problem, const BackwardRegime& regime) {
   std::array<std::map<std::pair<int32_t, int32_t>, AxisVisits>, kMaxRank> memo;
-  const auto visits = [&](int a, int32_t outer, int32_t inner) -> const AxisVisits& {
-    const auto [entry, fresh] = memo[a].try_emplace({outer, inner});
-    if (fresh) entry->second = axis_visits<kPass>(problem.axis[a], problem.sharded != 0, outer, inner);
+  const auto visits = [&](int a, int32_t keys, int32_t queries) -> const AxisVisits& {
+    const auto [entry, fresh] = memo[a].try_emplace({keys, queries});
+    if (fresh) entry->second = axis_visits(problem.axis[a], problem.sharded != 0, keys, queries);
     return entry->second;
   };
-  constexpr bool kKeysPass = kPass == BackwardPass::kKeys;
-  const double tiles_of_space = double(problem.batch) * (kKeysPass ? problem.kv_heads : problem.heads);
+  const double tiles_of_space = double(problem.batch) * problem.kv_heads;
   const double boxes_of_space = double(problem.batch) * problem.heads;
   BackwardBoxes best;
-  for (const auto& outer : box_candidates(problem, regime.outer, kKeysPass)) {
-    for (const auto& inner : box_candidates(problem, regime.inner, !kKeysPass)) {
-      const AxisVisits &v0 = visits(0, outer[0], inner[0]), &v1 = visits(1, outer[1], inner[1]),
-                       &v2 = visits(2, outer[2], inner[2]);
+  for (const auto& keys : box_candidates(problem, regime.keys, true)) {
+    for (const auto& queries : box_candidates(problem, regime.queries, false)) {
+      const AxisVisits &v0 = visits(0, keys[0], queries[0]), &v1 = visits(1, keys[1], queries[1]),
+                       &v2 = visits(2, keys[2], queries[2]);
       const double tiles = v0.tiles * v1.tiles * v2.tiles * tiles_of_space;
       const double boxes = v0.boxes * v1.boxes * v2.boxes * boxes_of_space;
       double full = v0.full_boxes * v1.full_boxes * v2.full_boxes * boxes_of_space;
-      if (outer[0] * outer[1] * outer[2] < regime.outer) full = 0;
+      if (keys[0] * keys[1] * keys[2] < regime.keys) full = 0;
       const double cost = tiles * regime.tile_ns + boxes * regime.box_ns + (boxes - full) * regime.masked_box_ns;
-      if (!best.found || cost < best.cost_ns) best = {outer, inner, cost, true};
+      if (!best.found || cost < best.cost_ns) best = {keys, queries, cost, true};
     }
   }
   return best;

@@ -13,13 +13,8 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Regimes by head dimension and pass; times measured on an H200 (see DESIGN.md, "Hopper, backward").
-std::vector<BackwardRegime> backward_regimes(int32_t dim, BackwardPass pass) {
-  if (pass == BackwardPass::kQueries) {
-    if (dim == 128) return {{128, 64, 2000, 60, 800}};
-    if (dim == 64) return {{128, 128, 2200, 90, 1500}};
-    return {{64, 64, 400, 0, 500}};
-  }
+// Regimes by head dimension; times measured on an H200 (see DESIGN.md, "Hopper, backward").
+std::vector<BackwardRegime> backward_regimes(int32_t dim) {
   if (dim == 128) return {{128, 64, 3000, 60, 800}};
   if (dim == 64) return {{128, 128, 3200, 90, 1500}, {64, 64, 1100, 30, 500}};
   return {{64, 64, 560, 0, 500}};
@@ -30,48 +25,49 @@ struct BackwardPlan {
   BackwardBoxes boxes;
 };
 
-using PlanKey = std::array<int64_t, 6 * kMaxRank + 5>;
+using PlanKey = std::array<int64_t, 6 * kMaxRank + 4>;
 
-PlanKey plan_key(const Problem& problem, BackwardPass pass) {
+PlanKey plan_key(const Problem& problem) {
   PlanKey key{};
   int i = 0;
   for (const Axis& axis : problem.axis) {
     for (const int32_t value : {axis.q_len, axis.kv_len, axis.window, axis.stride, axis.dilation, axis.causal})
       key[i++] = value;
   }
-  for (const int64_t value :
-       {problem.batch, int64_t(problem.heads), int64_t(problem.kv_heads), int64_t(problem.dim), int64_t(pass)}) {
+  for (const int64_t value : {problem.batch, int64_t(problem.heads), int64_t(problem.kv_heads), int64_t(problem.dim)}) {
     key[i++] = value;
   }
   return key;
 }
 
 // The search takes milliseconds: once per problem and process.
-BackwardPlan backward_plan(const Problem& problem, BackwardPass pass) {
+BackwardPlan backward_plan(const Problem& problem) {
   static std::mutex mutex;
   static auto* const cache = new std::map<PlanKey, BackwardPlan>;
-  const PlanKey key = plan_key(problem, pass);
+  const PlanKey key = plan_key(problem);
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = cache->find(key); found != cache->end()) return found->second;
   BackwardPlan plan;
-  const auto regimes = backward_regimes(problem.dim, pass);
+  const auto regimes = backward_regimes(problem.dim);
   for (size_t i = 0; i < regimes.size(); ++i) {
-    const BackwardBoxes boxes = pass == BackwardPass::kKeys
-                                    ? choose_backward_boxes<BackwardPass::kKeys>(problem, regimes[i])
-                                    : choose_backward_boxes<BackwardPass::kQueries>(problem, regimes[i]);
+    const BackwardBoxes boxes = choose_backward_boxes(problem, regimes[i]);
     if (boxes.found && (!plan.boxes.found || boxes.cost_ns < plan.boxes.cost_ns)) plan = {int32_t(i), boxes};
   }
   return cache->emplace(key, plan).first->second;
 }
 
-// Column bits of the inner box: see BackwardParams::prefix.
+RowShape row_shape(const Problem& problem, DType dtype) {
+  return {dtype, problem.dim == 128 ? 4 : problem.dim == 64 ? 3 : 2};
+}
+
+// Column bits of the query box: see BackwardParams::prefix.
 void fill_prefix(BackwardParams* params, const std::array<int32_t, kMaxRank>& box) {
   int32_t row = 0;
   for (int a = 0; a < kMaxRank; ++a) {
     params->axis[a].prefix_row = row;
     for (int32_t t = 0; t <= box[a]; ++t, ++row) {
       uint32_t bits[4] = {0, 0, 0, 0};
-      for (int32_t column = 0; column < params->inner_volume; ++column) {
+      for (int32_t column = 0; column < params->query_volume; ++column) {
         const int32_t coordinates[kMaxRank] = {column / (box[1] * box[2]), column / box[2] % box[1], column % box[2]};
         if (coordinates[a] < t) bits[column % 8 / 2] |= 1u << (column / 8 * 2 + column % 2);
       }
@@ -80,146 +76,205 @@ void fill_prefix(BackwardParams* params, const std::array<int32_t, kMaxRank>& bo
   }
 }
 
-struct Side {
-  const void* tensor0;
-  const void* tensor1;
-  int32_t heads;
-  int32_t lengths[kMaxRank];
-};
-
-Status encode_side(const Problem& problem, DType dtype, const Side& side, const std::array<int32_t, kMaxRank>& shape,
-                   TokenLayout* layout, CUtensorMap* map0, CUtensorMap* map1) {
+// One side's tensors, keys and values or queries and dO.
+Status encode_side(const Problem& problem, DType dtype, const void* tensor0, const void* tensor1, int32_t heads, bool keys,
+                   const std::array<int32_t, kMaxRank>& shape, TokenLayout* layout, CUtensorMap* map0, CUtensorMap* map1) {
   const int32_t box[kMaxRank] = {shape[0], shape[1], shape[2]};
-  if (!make_token_layout(layout, problem, side.lengths, box, side.heads, problem.dim)) {
+  int32_t lengths[kMaxRank];
+  for (int a = 0; a < kMaxRank; ++a) lengths[a] = keys ? problem.axis[a].kv_len : problem.axis[a].q_len;
+  if (!make_token_layout(layout, problem, lengths, box, heads, problem.dim)) {
     return Status::error("Hopper backward: TMA cannot walk this dilation (above 8 it must divide the length of its axis)");
   }
   const CUtensorMapDataType type =
       dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUtensorMapSwizzle swizzle = problem.dim == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
-  for (const auto& [map, tensor] : {std::pair{map0, side.tensor0}, std::pair{map1, side.tensor1}}) {
-    const char* failure = make_token_map(map, *layout, tensor, type, 2, problem.batch, side.lengths, side.heads,
-                                         problem.dim, box, std::min(problem.dim, 64), swizzle);
+  for (const auto& [map, tensor] : {std::pair{map0, tensor0}, std::pair{map1, tensor1}}) {
+    const char* failure = make_token_map(map, *layout, tensor, type, 2, problem.batch, lengths, heads, problem.dim, box,
+                                         std::min(problem.dim, 64), swizzle);
     if (failure != nullptr) return Status::error(std::string("Hopper backward: ") + failure);
   }
   return {};
 }
 
-// What the passes share.
+// The workspace, divided.
 struct BackwardMemory {
   uint32_t* counters;  // kNumCounters
   float2* stats;
-  int2* queries_of_keys;
-  int2* keys_of_queries;
-  float* grad_query_f32;  // or null
+  int2* intervals;
+  float* grad_norms;
+  Extrema* extrema;
+  void* grad_query_sums;
+
+  BackwardMemory(void* workspace, const BackwardWorkspace& bytes) {
+    char* at = static_cast<char*>(workspace);
+    counters = reinterpret_cast<uint32_t*>(at);
+    stats = reinterpret_cast<float2*>(at += bytes.counter_bytes);
+    intervals = reinterpret_cast<int2*>(at += bytes.stats_bytes);
+    grad_norms = reinterpret_cast<float*>(at += bytes.intervals_bytes);
+    extrema = reinterpret_cast<Extrema*>(at += bytes.norm_bytes);
+    grad_query_sums = at += bytes.extrema_bytes;
+  }
 };
 
-int64_t num_outer_tiles(const Problem& problem, BackwardPass pass, const BackwardBoxes& boxes, int a) {
+int32_t num_key_tiles(const Problem& problem, const BackwardBoxes& boxes, int a) {
   const Axis& axis = problem.axis[a];
-  const int32_t length = pass == BackwardPass::kKeys ? axis.kv_len : axis.q_len;
-  const int32_t longest = (length + axis.dilation - 1) / axis.dilation;
-  return (longest + boxes.outer[a] - 1) / boxes.outer[a];
-}
-
-Status run_pass(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options, BackwardPass pass,
-                const BackwardPlan& plan, const BackwardMemory& memory, DqOutput dq, cudaStream_t stream) {
-  const bool keys_pass = pass == BackwardPass::kKeys;
-  const auto &outer = plan.boxes.outer, &inner = plan.boxes.inner;
-
-  Side queries{buffers.forward.query, buffers.grad_out, problem.heads, {}};
-  Side keys{buffers.forward.key, buffers.forward.value, problem.kv_heads, {}};
-  for (int a = 0; a < kMaxRank; ++a) {
-    queries.lengths[a] = problem.axis[a].q_len;
-    keys.lengths[a] = problem.axis[a].kv_len;
-  }
-  const Side &outer_side = keys_pass ? keys : queries, &inner_side = keys_pass ? queries : keys;
-
-  BackwardParams params;
-  if (Status s =
-          encode_side(problem, options.dtype, outer_side, outer, &params.outer_layout, &params.outer0, &params.outer1);
-      !s.ok())
-    return s;
-  if (Status s =
-          encode_side(problem, options.dtype, inner_side, inner, &params.inner_layout, &params.inner0, &params.inner1);
-      !s.ok())
-    return s;
-
-  int64_t num_tiles = problem.batch * outer_side.heads;
-  int32_t outer_stride = 1, inner_stride = 1;
-  for (int a = kMaxRank - 1; a >= 0; --a) {
-    BackwardAxis& axis = params.axis[a];
-    const int32_t dilation = problem.axis[a].dilation;
-    axis.dilation = dilation;
-    axis.outer_length = outer_side.lengths[a];
-    axis.inner_length = inner_side.lengths[a];
-    axis.outer_box = outer[a];
-    axis.inner_box = inner[a];
-    axis.table_row = 0;
-    for (int before = 0; before < a; ++before) axis.table_row += outer_side.lengths[before];
-    axis.outer_token_stride = outer_stride;
-    axis.inner_token_stride = inner_stride;
-    outer_stride *= outer_side.lengths[a];
-    inner_stride *= inner_side.lengths[a];
-    axis.inner_box_divisor = FastDivisor(inner[a]);
-    axis.tiles = FastDivisor(uint32_t(num_outer_tiles(problem, pass, plan.boxes, a)));
-    axis.groups = FastDivisor(dilation);
-    num_tiles *= int64_t(axis.tiles.divisor) * dilation;
-  }
-  if (num_tiles >= (int64_t(1) << 31)) return Status::error("Hopper backward: too many tiles for one launch");
-  params.outer_heads = FastDivisor(outer_side.heads);
-  params.outer_box1 = FastDivisor(outer[1]);
-  params.outer_box2 = FastDivisor(outer[2]);
-  params.inner_box1 = FastDivisor(inner[1]);
-  params.inner_box2 = FastDivisor(inner[2]);
-  params.outer_volume = outer[0] * outer[1] * outer[2];
-  params.inner_volume = inner[0] * inner[1] * inner[2];
-  params.rank = problem.rank;
-  params.sharded = problem.sharded;
-  params.heads = problem.heads;
-  params.group_heads = problem.heads / problem.kv_heads;
-  params.q_tokens = problem.q_tokens();
-  params.outer_tokens = keys_pass ? problem.kv_tokens() : problem.q_tokens();
-  params.dq = dq;
-  params.scale = problem.scale;
-  params.scale_log2 = float(problem.scale * kLog2e);
-  params.halo = buffers.forward.halo;
-  params.num_tiles = uint32_t(num_tiles);
-  params.tile_counter = memory.counters + (keys_pass ? kKeyTiles : kQueryTiles);
-  params.nan_found = memory.counters + kNanFound;
-  params.intervals = keys_pass ? memory.queries_of_keys : memory.keys_of_queries;
-  params.stats = memory.stats;
-  params.grad_query = buffers.grad_query;
-  params.grad_query_f32 = memory.grad_query_f32;
-  params.grad_outer0 = keys_pass ? buffers.grad_key : buffers.grad_query;
-  params.grad_outer1 = keys_pass ? buffers.grad_value : nullptr;
-  fill_prefix(&params, inner);
-
-  const BackwardLaunch launch{pass, options.dtype, plan.regime, options.num_sms, &params};
-  if (problem.dim == 128) return launch_backward<128>(launch, stream);
-  if (problem.dim == 64) return launch_backward<64>(launch, stream);
-  return launch_backward<32>(launch, stream);
-}
-
-template <typename T>
-void launch_prepare(PrepareParams& params, int32_t dim, cudaStream_t stream) {
-  int64_t q_rows = 0, kv_rows = 0;
-  for (const Axis& axis : params.axis) q_rows += axis.q_len, kv_rows += axis.kv_len;
-  const auto blocks = [&](int64_t lanes) {
-    params.table_block = uint32_t((params.num_rows * lanes + kAroundThreads - 1) / kAroundThreads);
-    return dim3(params.table_block + uint32_t((std::max(q_rows, kv_rows) + kAroundThreads - 1) / kAroundThreads));
-  };
-  if (dim == 128) {
-    backward_prepare_kernel<T, 128><<<blocks(16), kAroundThreads, 0, stream>>>(params);
-  } else if (dim == 64) {
-    backward_prepare_kernel<T, 64><<<blocks(8), kAroundThreads, 0, stream>>>(params);
-  } else {
-    backward_prepare_kernel<T, 32><<<blocks(4), kAroundThreads, 0, stream>>>(params);
-  }
+  const int32_t longest = (axis.kv_len + axis.dilation - 1) / axis.dilation;
+  return (longest + boxes.keys[a] - 1) / boxes.keys[a];
 }
 
 Status launch_status(const char* what) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return {};
   return Status::error(std::string("Hopper backward, ") + what + ": " + cudaGetErrorString(error));
+}
+
+Status launch_prepare(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options,
+                      const BackwardMemory& memory, DqOutput dq, cudaStream_t stream) {
+  PrepareParams params{};
+  params.shape = row_shape(problem, options.dtype);
+  params.out = buffers.forward.out;
+  params.grad_out = buffers.grad_out;
+  params.lse = buffers.forward.lse;
+  params.grad_lse = buffers.grad_lse;
+  params.stats = memory.stats;
+  params.grad_query_sums = dq == DqOutput::kFinal ? nullptr : memory.grad_query_sums;
+  params.num_rows = problem.batch * problem.q_tokens() * problem.heads;
+  params.heads = FastDivisor(problem.heads);
+  params.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
+  params.counters = memory.counters;
+  params.rank = problem.rank;
+  params.sharded = problem.sharded;
+  int64_t axis_tokens = 0;
+  for (int a = 0; a < kMaxRank; ++a) {
+    params.axis[a] = problem.axis[a];
+    axis_tokens += problem.axis[a].kv_len;
+  }
+  params.halo = buffers.forward.halo;
+  params.intervals = memory.intervals;
+  const auto blocks = [](int64_t threads) { return uint32_t((threads + kAroundThreads - 1) / kAroundThreads); };
+  params.table_block = blocks(params.num_rows << params.shape.lane_shift);
+  params.extrema_block = params.table_block + blocks(axis_tokens);
+  uint32_t grid = params.extrema_block;
+  if (dq == DqOutput::kFixedSum) {
+    params.grad_norms = memory.grad_norms;
+    params.key = buffers.forward.key;
+    params.value = buffers.forward.value;
+    params.key_tokens = int32_t(problem.kv_tokens());
+    params.kv_heads = problem.kv_heads;
+    params.extrema = memory.extrema;
+    // About four blocks an SM, each with more than one step to do.
+    const int64_t entries = problem.batch * problem.kv_heads;
+    const int64_t wanted = (4 * options.num_sms + entries - 1) / entries;
+    const int64_t most = (problem.kv_tokens() << params.shape.lane_shift) / (4 * kAroundThreads);
+    params.extrema_splits = FastDivisor(uint32_t(std::max<int64_t>(1, std::min(wanted, most))));
+    grid += uint32_t(entries * params.extrema_splits.divisor);
+    const cudaError_t error = cudaMemsetAsync(memory.extrema, 0, entries * sizeof(Extrema), stream);
+    if (error != cudaSuccess) return Status::error(std::string("Hopper backward: ") + cudaGetErrorString(error));
+  }
+  backward_prepare_kernel<<<grid, kAroundThreads, 0, stream>>>(params);
+  return launch_status("preparation");
+}
+
+Status launch_mainloop(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options,
+                       const BackwardPlan& plan, const BackwardMemory& memory, DqOutput dq, cudaStream_t stream) {
+  const auto &keys = plan.boxes.keys, &queries = plan.boxes.queries;
+  BackwardParams params;
+  if (Status s = encode_side(problem, options.dtype, buffers.forward.key, buffers.forward.value, problem.kv_heads, true,
+                             keys, &params.key_layout, &params.key, &params.value);
+      !s.ok())
+    return s;
+  if (Status s = encode_side(problem, options.dtype, buffers.forward.query, buffers.grad_out, problem.heads, false, queries,
+                             &params.query_layout, &params.query, &params.grad_out);
+      !s.ok())
+    return s;
+
+  int64_t num_tiles = problem.batch * problem.kv_heads;
+  int32_t key_stride = 1, query_stride = 1;
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    BackwardAxis& axis = params.axis[a];
+    const Axis& given = problem.axis[a];
+    axis.dilation = given.dilation;
+    axis.key_length = given.kv_len;
+    axis.query_length = given.q_len;
+    axis.key_box = keys[a];
+    axis.query_box = queries[a];
+    axis.table_row = 0;
+    for (int before = 0; before < a; ++before) axis.table_row += problem.axis[before].kv_len;
+    axis.key_token_stride = key_stride;
+    axis.query_token_stride = query_stride;
+    key_stride *= given.kv_len;
+    query_stride *= given.q_len;
+    axis.query_box_divisor = FastDivisor(queries[a]);
+    axis.tiles = FastDivisor(num_key_tiles(problem, plan.boxes, a));
+    axis.groups = FastDivisor(given.dilation);
+    num_tiles *= int64_t(axis.tiles.divisor) * given.dilation;
+  }
+  if (num_tiles >= (int64_t(1) << 31)) return Status::error("Hopper backward: too many tiles for one launch");
+  params.kv_heads = FastDivisor(problem.kv_heads);
+  params.key_box1 = FastDivisor(keys[1]);
+  params.key_box2 = FastDivisor(keys[2]);
+  params.query_box1 = FastDivisor(queries[1]);
+  params.query_box2 = FastDivisor(queries[2]);
+  params.key_volume = keys[0] * keys[1] * keys[2];
+  params.query_volume = queries[0] * queries[1] * queries[2];
+  params.rank = problem.rank;
+  params.sharded = problem.sharded;
+  params.heads = problem.heads;
+  params.group_heads = problem.heads / problem.kv_heads;
+  params.q_tokens = problem.q_tokens();
+  params.key_tokens = problem.kv_tokens();
+  params.dq = dq;
+  params.scale = problem.scale;
+  params.scale_log2 = float(problem.scale * kLog2e);
+  params.halo = buffers.forward.halo;
+  params.num_tiles = uint32_t(num_tiles);
+  params.tile_counter = memory.counters + kTiles;
+  params.nan_found = memory.counters + kNanFound;
+  params.intervals = memory.intervals;
+  params.stats = memory.stats;
+  params.grad_norms = memory.grad_norms;
+  params.extrema = memory.extrema;
+  params.grad_query = buffers.grad_query;
+  params.grad_query_sums = memory.grad_query_sums;
+  params.grad_key = buffers.grad_key;
+  params.grad_value = buffers.grad_value;
+  fill_prefix(&params, queries);
+
+  const BackwardLaunch launch{options.dtype, plan.regime, options.num_sms, &params};
+  if (problem.dim == 128) return launch_backward<128>(launch, stream);
+  if (problem.dim == 64) return launch_backward<64>(launch, stream);
+  return launch_backward<32>(launch, stream);
+}
+
+Status launch_finish(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options,
+                     const BackwardMemory& memory, DqOutput dq, cudaStream_t stream) {
+  FinishParams params{};
+  params.shape = row_shape(problem, options.dtype);
+  params.rows = make_row_problem(problem, buffers.forward);
+  params.rows.grad_out = buffers.grad_out;
+  params.rows.stats = memory.stats;
+  params.rows.grad_query = buffers.grad_query;
+  params.rows.grad_key = buffers.grad_key;
+  params.rows.grad_value = buffers.grad_value;
+  params.nan_found = memory.counters + kNanFound;
+  params.num_query_rows = problem.batch * problem.q_tokens() * problem.heads;
+  params.num_key_rows = problem.batch * problem.kv_tokens() * problem.kv_heads;
+  if (dq != DqOutput::kFinal) {
+    params.sums = memory.grad_query_sums;
+    params.num_chunks = params.num_query_rows << params.shape.lane_shift;
+  }
+  if (dq == DqOutput::kFixedSum) {
+    params.grad_norms = memory.grad_norms;
+    params.extrema = memory.extrema;
+    params.heads = FastDivisor(problem.heads);
+    params.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
+    params.group_heads = FastDivisor(problem.heads / problem.kv_heads);
+  }
+  params.repair_block = uint32_t((params.num_chunks + kAroundThreads - 1) / kAroundThreads);
+  const cudaError_t error = sm90::launch_dependent(backward_finish_kernel, params.repair_block + options.num_sms,
+                                                   kAroundThreads, 0, stream, params);
+  if (error == cudaSuccess) return {};
+  return Status::error(std::string("Hopper backward, finish: ") + cudaGetErrorString(error));
 }
 
 }  // namespace
@@ -238,79 +293,20 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
   if (buffers.forward.workspace_bytes < workspace.total()) {
     return Status::error("Hopper backward: the workspace is smaller than backward_workspace(problem).total()");
   }
-  const int64_t num_rows = problem.batch * problem.q_tokens() * problem.heads;
-  if (num_rows >= (int64_t(1) << 31) || problem.q_tokens() >= (int64_t(1) << 31)) {
+  if (problem.batch * problem.q_tokens() * problem.heads >= (int64_t(1) << 31)) {
     return Status::error("Hopper backward: more than 2^31 queries and heads in one call");
   }
+  const BackwardPlan plan = backward_plan(problem);
+  if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
   // One key tile per dilation group: dq is complete in it. Then nothing is summed in memory, and the result is
   // deterministic anyway.
-  const BackwardPlan plan = backward_plan(problem, BackwardPass::kKeys);
-  if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
   bool one_tile = !problem.sharded;
-  for (int a = 0; a < kMaxRank; ++a) one_tile &= num_outer_tiles(problem, BackwardPass::kKeys, plan.boxes, a) == 1;
-  const DqOutput dq = one_tile ? DqOutput::kFinal : options.deterministic ? DqOutput::kNone : DqOutput::kSum;
-
-  char* at = static_cast<char*>(buffers.forward.workspace);
-  BackwardMemory memory{};
-  memory.counters = reinterpret_cast<uint32_t*>(at);
-  at += workspace.counter_bytes;
-  memory.stats = reinterpret_cast<float2*>(at);
-  at += workspace.stats_bytes;
-  memory.queries_of_keys = reinterpret_cast<int2*>(at);
-  memory.keys_of_queries = memory.queries_of_keys;
-  for (const Axis& axis : problem.axis) memory.keys_of_queries += axis.kv_len;
-  at += workspace.intervals_bytes;
-  if (dq == DqOutput::kSum) memory.grad_query_f32 = reinterpret_cast<float*>(at);
-
-  const bool half = options.dtype == DType::kF16;
-  PrepareParams prepare{};
-  prepare.out = buffers.forward.out;
-  prepare.grad_out = buffers.grad_out;
-  prepare.lse = buffers.forward.lse;
-  prepare.grad_lse = buffers.grad_lse;
-  prepare.stats = memory.stats;
-  prepare.grad_query_f32 = memory.grad_query_f32;
-  prepare.counters = memory.counters;
-  prepare.num_rows = num_rows;
-  prepare.heads = FastDivisor(problem.heads);
-  prepare.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
-  prepare.rank = problem.rank;
-  prepare.sharded = problem.sharded;
-  for (int a = 0; a < kMaxRank; ++a) prepare.axis[a] = problem.axis[a];
-  prepare.halo = buffers.forward.halo;
-  prepare.queries_of_keys = memory.queries_of_keys;
-  prepare.keys_of_queries = dq == DqOutput::kNone ? memory.keys_of_queries : nullptr;
-  half ? launch_prepare<__half>(prepare, problem.dim, stream) : launch_prepare<__nv_bfloat16>(prepare, problem.dim, stream);
-  if (Status s = launch_status("preparation"); !s.ok()) return s;
-
-  if (Status s = run_pass(problem, buffers, options, BackwardPass::kKeys, plan, memory, dq, stream); !s.ok()) return s;
-  if (dq == DqOutput::kNone) {
-    const BackwardPlan queries_plan = backward_plan(problem, BackwardPass::kQueries);
-    if (!queries_plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
-    const Status s = run_pass(problem, buffers, options, BackwardPass::kQueries, queries_plan, memory, dq, stream);
-    if (!s.ok()) return s;
-  }
-
-  FinishParams finish{};
-  finish.grad_query_f32 = memory.grad_query_f32;
-  finish.rows = make_row_problem(problem, buffers.forward);
-  finish.rows.grad_out = buffers.grad_out;
-  finish.rows.stats = memory.stats;
-  finish.rows.grad_query = buffers.grad_query;
-  finish.rows.grad_key = buffers.grad_key;
-  finish.rows.grad_value = buffers.grad_value;
-  finish.nan_found = memory.counters + kNanFound;
-  finish.num_chunks = dq == DqOutput::kSum ? num_rows * problem.dim / kChannelsPerThread : 0;
-  finish.repair_block = uint32_t((finish.num_chunks + kAroundThreads - 1) / kAroundThreads);
-  finish.num_query_rows = num_rows;
-  finish.num_key_rows = problem.batch * problem.kv_tokens() * problem.kv_heads;
-  const dim3 blocks(finish.repair_block + uint32_t(options.num_sms));
-  if (half) {
-    backward_finish_kernel<__half><<<blocks, kAroundThreads, 0, stream>>>(finish);
-  } else {
-    backward_finish_kernel<__nv_bfloat16><<<blocks, kAroundThreads, 0, stream>>>(finish);
-  }
-  return launch_status("finish");
+  for (int a = 0; a < kMaxRank; ++a) one_tile &= num_key_tiles(problem, plan.boxes, a) == 1;
+  const DqOutput dq = one_tile ? DqOutput::kFinal : options.deterministic ? DqOutput::kFixedSum : DqOutput::kSum;
+  const BackwardMemory memory(buffers.forward.workspace, workspace);
+  if (Status s = launch_prepare(problem, buffers, options, memory, dq, stream); !s.ok()) return s;
+  if (Status s = launch_mainloop(problem, buffers, options, plan, memory, dq, stream); !s.ok()) return s;
+  return launch_finish(problem, buffers, options, memory, dq, stream);
 }
 
 }  // namespace jax_na::hopper

@@ -16,24 +16,31 @@ namespace jax_na::hopper {
 struct BackwardWorkspace {
   int64_t counter_bytes;    // uint32 each, see Counter
   int64_t stats_bytes;      // float2 per query and head
-  int64_t intervals_bytes;  // int2 per token of each axis, queries and keys
-  int64_t dq_bytes;         // float32 like query, unless deterministic
-  int64_t total() const { return counter_bytes + stats_bytes + intervals_bytes + dq_bytes; }
+  int64_t intervals_bytes;  // int2 per key token of each axis
+  int64_t norm_bytes;       // float per query and head, if deterministic
+  int64_t extrema_bytes;    // Extrema per batch entry and key head, if deterministic
+  int64_t dq_bytes;         // 4 bytes for an element of query
+  int64_t total() const { return counter_bytes + stats_bytes + intervals_bytes + norm_bytes + extrema_bytes + dq_bytes; }
 };
 
 inline BackwardWorkspace backward_workspace(const Problem& problem, bool deterministic) {
   const auto round_up = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int64_t rows = problem.batch * problem.q_tokens() * problem.heads;
   int64_t axis_tokens = 0;
-  for (const Axis& axis : problem.axis) axis_tokens += axis.q_len + axis.kv_len;
-  return {256, round_up(rows * 8), round_up(axis_tokens * 8), deterministic ? 0 : round_up(rows * problem.dim * 4)};
+  for (const Axis& axis : problem.axis) axis_tokens += axis.kv_len;
+  return {256,
+          round_up(rows * 8),
+          round_up(axis_tokens * 8),
+          deterministic ? round_up(rows * 4) : 0,
+          deterministic ? round_up(problem.batch * problem.kv_heads * int64_t(sizeof(Extrema))) : 0,
+          round_up(rows * problem.dim * 4)};
 }
 
-// Rows of the outer tile and of an inner box, and what one box and one tile cost (nanoseconds on one SM of an H200, all
-// CTAs of the SM together): the tile choice and the choice between two regimes of one head dimension go by these.
+// Keys of a tile and queries of a box, and what one box and one tile cost (nanoseconds on one SM of an H200, all CTAs of
+// the SM together): the tile choice and the choice between two regimes of one head dimension go by these.
 struct BackwardRegime {
-  int32_t outer;
-  int32_t inner;
+  int32_t keys;
+  int32_t queries;
   double box_ns;
   double masked_box_ns;  // further, if the box needs a mask
   double tile_ns;
@@ -41,7 +48,6 @@ struct BackwardRegime {
 
 // Launchers, one source per head dimension. `regime` counts the entries of backward_regimes.
 struct BackwardLaunch {
-  BackwardPass pass;
   DType dtype;
   int32_t regime;
   int32_t num_sms;

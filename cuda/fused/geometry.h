@@ -96,4 +96,8 @@ JAX_NA_HOST_DEVICE Interval keys_of_query(const Axis& axis, int32_t length, int3
   return keys_of_query(i, length, axis.window, axis.stride, axis.causal != 0);
 }
 
+JAX_NA_HOST_DEVICE Interval queries_of_key(const Axis& axis, int32_t length, int32_t i) {
+  return queries_of_key(i, length, axis.window, axis.stride, axis.causal != 0);
+}
+
 }  // namespace jax_na

@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 
 #include "../common/call.h"
-#include "backward_params_sm90.h"
+#include "token_window_sm90.h"
 
 namespace jax_na::hopper {
 
@@ -61,16 +61,16 @@ __device__ __forceinline__ bool kept_nan(uint32_t kept) {
 }
 
 // ---- one row ----
-// kQueries: rows are queries and see keys; kKeys: the other way round.
-template <BackwardPass kPass>
+// Rows are queries and see keys, or the other way round.
+template <Side kSide>
 struct RowWindow {
   int64_t batch;
   int32_t token, head;
-  InnerTokens seen[kMaxRank];
+  TokenWindow seen[kMaxRank];
 
   // row: in [batch, axes, heads] of its side.
   __device__ RowWindow(const RowProblem& p, int64_t row) {
-    constexpr bool kQueryRows = kPass == BackwardPass::kQueries;
+    constexpr bool kQueryRows = kSide == Side::kQueries;
     const int32_t heads = kQueryRows ? p.heads : p.kv_heads;
     head = int32_t(row % heads);
     row /= heads;
@@ -85,7 +85,7 @@ struct RowWindow {
       stride *= length;
       const int halo_row = a - (kMaxRank - p.rank);
       const Shard shard = p.halo != nullptr && halo_row >= 0 ? p.halo[halo_row] : Shard{0, 0, axis.q_len};
-      seen[a] = inner_tokens<kPass>(axis, shard, x);
+      seen[a] = token_window<kSide>(axis, shard, x);
     }
     batch = row;
   }
@@ -93,7 +93,7 @@ struct RowWindow {
   // visit(token of the other side) until it returns false.
   template <typename Visit>
   __device__ void for_each(const RowProblem& p, Visit visit) const {
-    constexpr bool kQueryRows = kPass == BackwardPass::kQueries;
+    constexpr bool kQueryRows = kSide == Side::kQueries;
     const int32_t length1 = kQueryRows ? p.axis[1].kv_len : p.axis[1].q_len;
     const int32_t length2 = kQueryRows ? p.axis[2].kv_len : p.axis[2].q_len;
     for (int32_t i = seen[0].begin; i < seen[0].end; ++i) {
@@ -164,7 +164,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 // out of a query. Its lse depends on no product with a hidden value, and stays.
 template <typename T>
 __device__ void recompute_out(const RowProblem& p, int64_t row) {
-  const RowWindow<BackwardPass::kQueries> window(p, row);
+  const RowWindow<Side::kQueries> window(p, row);
   const int64_t kv_tokens = int64_t(p.axis[0].kv_len) * p.axis[1].kv_len * p.axis[2].kv_len;
   const int32_t kv_head = window.head / (p.heads / p.kv_heads);
   const ForwardVector query = ForwardVector::load<T>(p.query, row, p.dim);
@@ -203,7 +203,7 @@ __device__ __noinline__ void recompute_out_rows(const RowProblem& p, int2 tokens
 // grad_query of a query. With a NaN of its own, in lse or delta, it is NaN as it stands.
 template <typename T>
 __device__ __noinline__ void recompute_grad_query(const RowProblem& p, int64_t row) {
-  const RowWindow<BackwardPass::kQueries> window(p, row);
+  const RowWindow<Side::kQueries> window(p, row);
   const int64_t q_tokens = int64_t(p.axis[0].q_len) * p.axis[1].q_len * p.axis[2].q_len;
   const int64_t kv_tokens = int64_t(p.axis[0].kv_len) * p.axis[1].kv_len * p.axis[2].kv_len;
   const int32_t kv_head = window.head / (p.heads / p.kv_heads);
@@ -226,7 +226,7 @@ __device__ __noinline__ void recompute_grad_query(const RowProblem& p, int64_t r
 // grad_key and grad_value of a key.
 template <typename T>
 __device__ __noinline__ void recompute_grad_key_value(const RowProblem& p, int64_t row) {
-  const RowWindow<BackwardPass::kKeys> window(p, row);
+  const RowWindow<Side::kKeys> window(p, row);
   const int64_t q_tokens = int64_t(p.axis[0].q_len) * p.axis[1].q_len * p.axis[2].q_len;
   const int32_t group = p.heads / p.kv_heads;
   const BackwardVector key = BackwardVector::load<T>(p.key, row, p.dim),
