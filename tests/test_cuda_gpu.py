@@ -275,6 +275,48 @@ def test_what_goes_wrong_in_the_handler_is_an_exception(changes, message):
         raw_call(**changes)
 
 
+@pytest.mark.sm90
+@pytest.mark.parametrize("target", ["forward", "backward"])
+def test_a_launch_that_fails_is_an_exception(target):
+    """Told to take nothing but PTX, the driver refuses the Hopper kernels (SASS only) when they are launched.
+
+    The program is the custom call alone and its operands come from the host: XLA's own kernels would not load either.
+    """
+    script = f"""
+        import jax, jax.numpy as jnp, ml_dtypes, numpy as np
+        from jax_na import _cuda, _primitives
+        from jax_na.testing.cases import Case
+        case = Case("1d", (64,), 9, dim=64)
+        spec, inputs = case.spec(), case.inputs(ml_dtypes.bfloat16)
+        family = next(family for family in _cuda.FAMILIES if family.name == "hopper")
+        rows = np.zeros(inputs.query.shape[:-1], np.float32)
+        halo = np.asarray(spec.identity_halo(inputs.query))
+        like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
+        workspace = jax.ShapeDtypeStruct((family.{target}_workspace(spec, inputs),), jnp.uint8)
+        if {target!r} == "forward":
+            operands, results = (*inputs[:3], halo), (like(inputs.query), like(rows), workspace)
+        else:
+            operands = (*inputs[:3], inputs.query, rows, inputs.query, halo)
+            results = (*map(like, inputs[:3]), workspace)
+        call = jax.ffi.ffi_call("jax_na_{target}", results)
+        _cuda.lane()
+        run = jax.jit(lambda *operands: call(*operands, **_cuda._attributes(spec, [family], inputs, False)))
+        try:
+            jax.block_until_ready(run(*map(jax.device_put, operands)))
+        except jax.errors.JaxRuntimeError as error:
+            print("raised:", error)
+    """
+    environment = os.environ | {
+        "CUDA_FORCE_PTX_JIT": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    said = subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True, text=True).stdout
+    assert f"raised: INTERNAL: jax_na: {target} of family hopper, device 0: " in said
+    assert "no kernel image is available for execution on the device" in said
+
+
 def test_concurrent_calls_on_threads():
     """Handlers hold no state between calls: threads and streams may overlap."""
     import concurrent.futures
