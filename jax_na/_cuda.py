@@ -74,8 +74,8 @@ def lane() -> Lane:
         extension = importlib.import_module("jax_na._cuda_kernels")
     except ModuleNotFoundError:
         return Lane(
-            "this installation of jax_na was built without them; install the CUDA toolkit (nvcc) and reinstall with "
-            "pip install --force-reinstall --no-deps jax_na -Ccmake.define.JAX_NA_CUDA=ON"
+            "this installation of jax_na was built without them; install the CUDA toolkit (nvcc) and, where its source is, run "
+            "pip install --force-reinstall --no-deps . -Ccmake.define.JAX_NA_CUDA=ON"
         )
     except Exception as error:  # an extension for another platform, Python or C++ runtime
         return Lane(f"the extension does not load ({type(error).__name__}: {error}); reinstall jax_na")

@@ -80,9 +80,11 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 def _integers(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """A scalar or one entry per axis, as ints."""
+    given: Any = value if isinstance(value, (Sequence, np.ndarray)) else (value,) * rank
     try:
-        entries = tuple(operator.index(v) for v in value) if isinstance(value, (Sequence, np.ndarray)) else None
-        result = entries if entries is not None else (operator.index(value),) * rank  # type: ignore[arg-type]
+        if any(isinstance(v, (bool, np.bool_)) for v in given):
+            raise TypeError
+        result = tuple(operator.index(v) for v in given)
     except TypeError:
         raise TypeError(f"{name} must be an integer or one integer per spatial axis, got {value!r}") from None
     if len(result) != rank:
@@ -134,10 +136,11 @@ def window_parameters(
             )
         if windows[axis] * dilations[axis] > length:
             if not shrink_window:
+                fitting = [("window", length // dilations[axis]), ("dilation", length // windows[axis])]
+                smaller = " or ".join(f"a {name} of at most {limit}" for name, limit in fitting if limit > 0)
                 raise ValueError(
                     f"window_size={windows[axis]} * dilation={dilations[axis]} = {windows[axis] * dilations[axis]} {where}: "
-                    f"the limit is window_size * dilation <= {length}. Use a window of at most {length // dilations[axis]} "
-                    f"or a dilation of at most {length // windows[axis]}, pad the input, "
+                    f"the limit is window_size * dilation <= {length}. {f'Use {smaller}, pad' if smaller else 'Pad'} the input, "
                     "or pass shrink_window=True to let the window shrink to fit"
                 )
             dilations[axis] = max(1, min(dilations[axis], length))
@@ -160,6 +163,8 @@ def check_shape(name: str, array: Array, expected: tuple[int, ...], axes: str) -
 
 def check_rank(name: str, array: Array) -> int:
     """Number of spatial axes of ``[B, *spatial, H, D]``."""
+    if array is None:
+        raise TypeError(f"{name} is None: expected an array [batch, *spatial, heads, head_dim]")
     rank = array.ndim - 3
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(
@@ -180,6 +185,8 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
     """Check shapes and dtypes of a public call (one batch dimension)."""
     query, key, value, bias, extra_key, extra_value = inputs
     check_dtype("query", query)
+    check_rank("key", key)
+    check_rank("value", value)
     for name, array in zip(Inputs._fields[1:], inputs[1:], strict=True):
         public = {"extra_key": "additional_keys", "extra_value": "additional_values"}.get(name, name)
         if array is not None:
@@ -255,13 +262,15 @@ def make_spec(
         query.shape[1 : 1 + rank], window_size, stride, dilation, is_causal, shrink_window
     )
     try:
-        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)  # without channels: check_inputs refuses
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise TypeError(
             f"scale must be a Python number or None, got {scale!r}: multiply query by a traced scale and pass 1.0"
         ) from None
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: it must be finite")
+    if deterministic is not None and not isinstance(deterministic, (bool, np.bool_)):
+        raise TypeError(f"deterministic must be True, False or None, got {deterministic!r}")
     return Spec(
         window=window,
         stride=strides,
