@@ -174,12 +174,12 @@ def backward(
 
     # ds = p * (dp - delta): the gradient of lse enters as delta does. A query that sees nothing has lse = -inf.
     # PERF: XLA's sum of a product takes forty times as long as this dot on a CPU.
-    delta = jnp.einsum("...d,...d->...", grad_out, out, precision=spec.precision, preferred_element_type=acc)[..., None]
-    row_lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None] + _poison(delta)
+    delta = jnp.einsum("...d,...d->...", grad_out, out, precision=spec.precision, preferred_element_type=acc)
+    row_lse = jnp.where(lse == -jnp.inf, 0, lse) + _poison(delta[..., None])[..., 0]
     if grad_lse is not None:
-        delta = delta - grad_lse[..., None]
+        delta = delta - grad_lse
         call.operands.append(grad_lse)
-    lses, deltas, grads = tiles.queries(row_lse, math.inf), tiles.queries(delta), tiles.queries(grad_out)
+    grads, rows = tiles.queries(grad_out), (tiles.rows(row_lse, math.inf), tiles.rows(_clean(delta)))
 
     state = {
         "query": call.zeros(queries.shape, query.dtype),
@@ -191,20 +191,19 @@ def backward(
     if call.has_extra:
         state |= {"extra_key": call.zeros(call.extra_key.shape), "extra_value": call.zeros(call.extra_value.shape)}
 
-    def step(state: State, coords: Array) -> State:
-        state = dict(state)
+    def step(state: State, coords: Array, rows: tuple[Array, Array]) -> State:
+        state, (row_lse, row_delta) = dict(state), rows
+        lse, delta = (x[:, :, :, 0, ..., None] for x in rows)  # of additional keys
         q, d_out = call.tile(queries, coords) * spec.scale, _clean(call.tile(grads, coords))
-        lse, delta = call.tile(lses, coords), call.tile(deltas, coords)
         k = call.box(keys, coords)
         scores = call.dot(_SCORES_T, k, q)
         if call.bias is not None:
             pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), call.bias)
             scores = scores + jnp.moveaxis(pairs, -1, 3)
-        mask = tiles.mask(coords, transposed=True)
-        row_lse, row_delta = (x[..., 0][:, :, :, None] for x in (lse, delta))
-        weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, -jnp.inf) - row_lse), 0)
+        weights = jnp.exp(jnp.where(tiles.mask(coords, transposed=True), scores - row_lse, -jnp.inf))
         d_weights = call.dot(_SCORES_T, call.box(values, coords), d_out)
-        d_scores = jnp.where(mask, weights * (d_weights - row_delta), 0)
+        # Outside the mask d_weights is anything: it may overflow.
+        d_scores = jnp.where(weights == 0, 0, weights * (d_weights - row_delta))
         d_query = jnp.moveaxis(call.dot(_VALUES_T, _clean(k), d_scores), 3, -1)
         state["key"] = tiles.add_box(state["key"], coords, call.dot(_KEY_SUMS_T, d_scores, _clean(q)))
         state["value"] = tiles.add_box(state["value"], coords, call.dot(_KEY_SUMS_T, weights, d_out))
@@ -221,7 +220,7 @@ def backward(
         state["query"] = tiles.put_tile(state["query"], coords, (d_query * spec.scale).astype(query.dtype))
         return state
 
-    state = loop(tiles, step, state)
+    state = loop(tiles, step, state, rows)
 
     def extra_grad(name: str, like: Array | None) -> Array | None:
         if like is None or not call.has_extra:
