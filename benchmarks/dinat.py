@@ -2,9 +2,10 @@
 
     python -m benchmarks.dinat [--model dinat_tiny] [--batch 128] [--output results.json]
 
-DiNAT-tiny at 224 px, batch 128, bfloat16 computation with float32 parameters. All programs are compiled first, together; then each
-is timed by itself, warm, with random images and weights that lie on the device. Programs can also be exported on a machine
-without a GPU (``--export FOLDER``) and timed elsewhere (``--programs FOLDER``), where only XLA's compiler is then waited for.
+DiNAT-tiny at 224 px, batch 128, bfloat16 computation; float32 parameters in training, bfloat16 ones in inference. Every program is
+compiled in a process of its own, all at once; then each is timed by itself, warm, with random images and weights that lie on the
+device. Programs can also be exported on a machine without a GPU (``--export FOLDER``) and timed elsewhere (``--programs FOLDER``),
+where only XLA's compiler is then waited for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -32,7 +35,7 @@ KINDS = ("inference", "training")
 CLASSES = 1000
 
 
-def export_programs(args: argparse.Namespace, platform: str) -> tuple[dict[tuple[str, str], export.Exported], list[Any]]:
+def export_programs(args: argparse.Namespace) -> tuple[dict[tuple[str, str], export.Exported], list[Any]]:
     """Every program over flat lists of arrays, and the names, shapes and dtypes of a training state's leaves, parameters first."""
     from flax import nnx
 
@@ -42,26 +45,33 @@ def export_programs(args: argparse.Namespace, platform: str) -> tuple[dict[tuple
     leaves: list[Any] = []
     images = jax.ShapeDtypeStruct((args.batch, args.size, args.size, 3), jnp.bfloat16)
     labels = jax.ShapeDtypeStruct((args.batch,), jnp.int32)
+    half = jnp.bfloat16
+
+    def make(name: str, **options: Any) -> Any:
+        return models.create(args.model, implementation=name, dtype=half, rngs=nnx.Rngs(0), **options)
+
     for name in args.implementations:
         trainer = training.make_trainer(
-            lambda name=name: models.create(args.model, implementation=name, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+            lambda name=name: make(name),
             training.adamw(1e-3, 1000, warmup=10),
             label_smoothing=0.1,
             mesh=training.data_mesh(jax.local_devices()[:1]),
         )
         state = jax.eval_shape(trainer.init)
         flat, tree = jax.tree.flatten(state)
-        flat_params, tree_params = jax.tree.flatten(state.params)
+        server = nnx.eval_shape(lambda name=name: make(name, param_dtype=half, drop_path_rate=0.0))
+        graph, params = nnx.split(server)
+        flat_params, tree_params = jax.tree.flatten(nnx.to_pure_dict(params))
 
         def train(flat: list[Array], images: Array, labels: Array, tree: Any = tree, trainer: Any = trainer) -> Any:
             batch = training.Batch(images, labels, jnp.ones(labels.shape, jnp.float32))
             state, metrics = trainer.train_step(jax.tree.unflatten(tree, flat), batch)
             return jax.tree.leaves(state), metrics.loss
 
-        def infer(flat: list[Array], images: Array, tree: Any = tree_params, trainer: Any = trainer) -> Array:
-            return trainer.model(jax.tree.unflatten(tree, flat))(images)
+        def infer(flat: list[Array], images: Array, tree: Any = tree_params, graph: Any = graph) -> Array:
+            return nnx.merge(graph, jax.tree.unflatten(tree, flat))(images)
 
-        options: dict[str, Any] = {"platforms": [platform], "disabled_checks": list(jax_na.EXPORT_SAFETY_CHECKS)}
+        options: dict[str, Any] = {"platforms": ["cuda"], "disabled_checks": list(jax_na.EXPORT_SAFETY_CHECKS)}
         for kind, function, arguments in (
             ("inference", infer, (flat_params, images)),
             ("training", train, (flat, images, labels)),
@@ -81,16 +91,6 @@ def write(folder: pathlib.Path, programs: dict[tuple[str, str], export.Exported]
     for (name, kind), program in programs.items():
         (folder / f"{name}.{kind}").write_bytes(bytes(program.serialize()))
     (folder / "leaves.json").write_text(json.dumps(leaves))
-
-
-def read(folder: pathlib.Path, implementations: list[str]) -> tuple[dict[tuple[str, str], export.Exported], list[Any]]:
-    programs = {
-        (name, kind): export.deserialize(bytearray((folder / f"{name}.{kind}").read_bytes()))
-        for name in implementations
-        for kind in KINDS
-        if (folder / f"{name}.{kind}").is_file()
-    }
-    return programs, json.loads((folder / "leaves.json").read_text())
 
 
 def initial_state(leaves: list[Any]) -> tuple[list[Array], list[int]]:
@@ -124,71 +124,101 @@ def rate(step: Any, images: int, seconds: float) -> tuple[float, float]:
     return statistics.median(rates), max(rates) / min(rates)
 
 
-def compile_all(
-    programs: dict[tuple[str, str], export.Exported], seconds: float, errors: dict[tuple[str, str], str]
-) -> dict[tuple[str, str], Any]:
-    """Compiled programs; those that fail or take too long are in ``errors``."""
-    pool = concurrent.futures.ThreadPoolExecutor(16)
-
-    def compiled(program: export.Exported, kind: str) -> Any:
-        arguments = jax.tree.unflatten(program.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals])
-        donated = (0,) if kind == "training" else ()
-        return jax.jit(program.call, donate_argnums=donated).lower(*arguments[0]).compile()
-
-    start = time.perf_counter()
-    waiting = {key: pool.submit(compiled, program, key[1]) for key, program in programs.items()}
-    done = {}
-    for key, future in waiting.items():
-        try:
-            done[key] = future.result(max(0.1, seconds - (time.perf_counter() - start)))
-        except concurrent.futures.TimeoutError:
-            errors[key] = f"not compiled within {seconds:.0f} s"
-        except Exception as error:
-            errors[key] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    print(f"compiled {len(done)} of {len(programs)} programs in {time.perf_counter() - start:.0f} s", flush=True)
-    return done
-
-
-def measure(
-    args: argparse.Namespace, programs: dict[tuple[str, str], export.Exported], leaves: list[Any]
-) -> dict[str, Any]:
-    errors: dict[tuple[str, str], str] = {}
-    compiled = compile_all(programs, args.compile_seconds, errors)
+def serve(args: argparse.Namespace, folder: pathlib.Path, name: str, kind: str) -> None:
+    """A child process: compile one program, say so, wait for a line, time it, print the row."""
+    program = export.deserialize(bytearray((folder / f"{name}.{kind}").read_bytes()))
+    (flat, *rest), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (flat, *rest))
+    donated = (0,) if kind == "training" else ()
+    compiled = jax.jit(program.call, donate_argnums=donated).lower(*abstract).compile()
+    print("compiled", flush=True)
+    if not sys.stdin.readline():
+        return  # the parent has gone
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((args.batch, args.size, args.size, 3)), jnp.bfloat16)
     labels = jnp.asarray(rng.integers(0, CLASSES, args.batch), jnp.int32)
-    arrays, parameters = initial_state(leaves)
-    rows, logits = [], {}
-    for (name, kind), program in compiled.items():
-        try:
-            if kind == "inference":
-                flat = [arrays[i] for i in parameters]
-                logits[name] = np.asarray(program(flat, images), np.float32)
-                value, spread = rate(lambda program=program, flat=flat: program(flat, images), args.batch, args.seconds)
+    arrays, parameters = initial_state(json.loads((folder / "leaves.json").read_text()))
+    if kind == "inference":
+        held = [arrays[i].astype(aval.dtype) for i, aval in zip(parameters, flat, strict=True)]
+        np.save(folder / f"{name}.npy", np.asarray(compiled(held, images), np.float32))
+
+        def step() -> Any:
+            return compiled(held, images)
+    else:
+        state = [jnp.copy(array) for array in arrays]  # donated to the step
+
+        def step() -> Any:
+            nonlocal state
+            state, loss = compiled(state, images, labels)
+            return loss
+
+    value, spread = rate(step, args.batch, args.seconds)
+    memory = compiled.memory_analysis()
+    row = {
+        "model": args.model,
+        "image_size": args.size,
+        "batch": args.batch,
+        "implementation": name,
+        "pass": kind,
+        "images_per_second": round(value, 1),
+        "spread": round(spread, 3),
+        "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2) if memory else None,
+    }
+    print(json.dumps(row), flush=True)
+
+
+def measure(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
+    """Rows of all programs in the folder, and why there is none for the others."""
+    start = time.perf_counter()
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    children, errors, rows = {}, {}, []
+    for name in args.implementations:
+        for kind in KINDS:
+            if (folder / f"{name}.{kind}").is_file():
+                command = [sys.executable, "-m", "benchmarks.dinat", *sys.argv[1:], "--programs", str(folder)]
+                children[name, kind] = subprocess.Popen(
+                    [*command, "--serve", name, kind],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                )
+    with concurrent.futures.ThreadPoolExecutor(len(children) or 1) as pool:
+
+        def line(key: tuple[str, str], seconds: float) -> str | None:
+            """The child's next line; ``None`` if there is none in time, and the child is ended."""
+            try:
+                text = pool.submit(children[key].stdout.readline).result(max(0.1, seconds))  # type: ignore[union-attr]
+            except concurrent.futures.TimeoutError:
+                errors[key] = f"no answer within {seconds:.0f} s"
             else:
-                held = [jnp.copy(array) for array in arrays]  # donated to the step
+                if text:
+                    return text.strip()
+                errors[key] = f"the process ended with {children[key].wait()}"
+            children[key].kill()
+            return None
 
-                def step(program: Any = program, holder: list[Any] = [held]) -> Any:  # noqa: B006
-                    holder[0], loss = program(holder[0], images, labels)
-                    return loss
+        ready = [key for key in children if line(key, args.compile_seconds - (time.perf_counter() - start)) == "compiled"]
+        print(f"compiled {len(ready)} of {len(children)} programs in {time.perf_counter() - start:.0f} s", flush=True)
+        for key in ready:
+            children[key].stdin.write("go\n")  # type: ignore[union-attr]
+            children[key].stdin.flush()  # type: ignore[union-attr]
+            if (text := line(key, 60 + 10 * args.seconds)) is not None:
+                print(text, flush=True)
+                rows.append(json.loads(text))
+            children[key].wait()
+    report(args, rows, errors, folder)
+    return {
+        "versions": {"jax": jax.__version__},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "rows": rows,
+        "errors": {", ".join(key): error for key, error in errors.items()},
+    }
 
-                value, spread = rate(step, args.batch, args.seconds)
-            memory = program.memory_analysis()
-            rows.append(
-                {
-                    "model": args.model,
-                    "image_size": args.size,
-                    "batch": args.batch,
-                    "implementation": name,
-                    "pass": kind,
-                    "images_per_second": round(value, 1),
-                    "spread": round(spread, 3),
-                    "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2) if memory else None,
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
-        except Exception as error:
-            errors[name, kind] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+def report(
+    args: argparse.Namespace, rows: list[dict[str, Any]], errors: dict[tuple[str, str], str], folder: pathlib.Path
+) -> None:
     found = {(row["implementation"], row["pass"]): row["images_per_second"] for row in rows}
     print(f"\n{'implementation':15s} " + " ".join(f"{kind:>12s}" for kind in KINDS) + "  images/s")
     for name in args.implementations:
@@ -196,18 +226,11 @@ def measure(
         print(f"{name:15s} " + " ".join(f"{'-' if cell is None else f'{cell:.0f}':>12s}" for cell in cells))
     for (name, kind), error in errors.items():
         print(f"{name}, {kind}: {error}")
-    reference = logits.get("xla", logits.get("cuda_naive"))
-    for name, values in logits.items() if reference is not None else ():
-        error = float(np.abs(values - reference).max() / np.abs(reference).max())
-        print(
-            f"logits of {name}: largest difference from {'xla' if 'xla' in logits else 'cuda_naive'} {error:.1e} of the largest"
-        )
-    return {
-        "gpu": jax.devices()[0].device_kind,
-        "versions": {"jax": jax.__version__},
-        "rows": rows,
-        "errors": {", ".join(key): error for key, error in errors.items()},
-    }
+    logits = {name: np.load(path) for name in args.implementations if (path := folder / f"{name}.npy").is_file()}
+    for name, values in logits.items():
+        reference = next(iter(reversed(logits)))
+        error = float(np.abs(values - logits[reference]).max() / np.abs(logits[reference]).max())
+        print(f"logits of {name}: largest difference from {reference} {error:.1e} of the largest")
 
 
 def main() -> None:
@@ -218,27 +241,31 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per program")
     parser.add_argument("--compile-seconds", type=float, default=600.0, help="how long to wait for XLA's compiler")
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS))
-    parser.add_argument(
-        "--export", type=pathlib.Path, default=None, help="write the programs for CUDA to a folder, and stop"
-    )
-    parser.add_argument("--programs", type=pathlib.Path, default=None, help="read the programs from a folder")
-    parser.add_argument("--output", type=pathlib.Path, default=None)
+    parser.add_argument("--export", type=pathlib.Path, help="write the programs for CUDA to a folder, and stop")
+    parser.add_argument("--programs", type=pathlib.Path, help="read the programs from a folder")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
-    if args.export is not None:
-        write(args.export, *export_programs(args, "cuda"))
+    if args.serve is not None:
+        serve(args, args.programs, *args.serve)
         return
-    device = jax.devices()[0]
-    print(
-        f"{args.model}, {args.size} px, batch {args.batch}, bfloat16, on {device.device_kind}; {jax_na.cuda_status()}",
-        flush=True,
-    )
-    platform = "cuda" if device.platform == "gpu" else device.platform
-    given = read(args.programs, args.implementations) if args.programs else export_programs(args, platform)
-    result = measure(args, *given)
+    if args.export is not None:
+        write(args.export, *export_programs(args))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.programs
+        if folder is None:
+            folder = pathlib.Path(temporary)
+            write(folder, *export_programs(args))
+        device = subprocess.run(
+            [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"], stdout=subprocess.PIPE, text=True
+        ).stdout.strip()
+        print(
+            f"{args.model}, {args.size} px, batch {args.batch}, bfloat16, on {device}; {jax_na.cuda_status()}", flush=True
+        )
+        result = {"gpu": device} | measure(args, folder)
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # a compilation that took too long may still run
 
 
 if __name__ == "__main__":

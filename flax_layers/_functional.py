@@ -231,6 +231,20 @@ def split_heads(qkv: Array, num_heads: int, num_kv_heads: int, head_dim: int) ->
     return tuple(x.reshape(*x.shape[:-1], -1, head_dim) for x in (query, key, value))  # type: ignore[return-value]
 
 
+def gelu(x: Array) -> Array:
+    """Exact GELU, ``x Phi(x)``, computed in float32 at least; its backward pass starts from ``x`` alone.
+
+    By ``erf``, as PyTorch does. ``jax.nn.gelu`` takes ``erfc``, 2.3 times as long on an H200, and in a training step of
+    DiNAT-tiny its autodiff held 2.2 GiB more (9.5, now 7.3).
+    """
+
+    def exact(x: Array) -> Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+    return jax.checkpoint(exact)(x)
+
+
 def merge_heads(x: Array) -> Array:
     """``[..., H, D]`` into ``[..., H * D]``."""
     return x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))

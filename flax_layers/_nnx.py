@@ -336,7 +336,7 @@ class MLP(nnx.Module):
         self.dropout = _dropout(dropout_rate, rngs)
 
     def __call__(self, x: Array, *, deterministic: bool | None = None, rngs: nnx.Rngs | None = None) -> Array:
-        x = _apply_dropout(self.dropout, nnx.gelu(self.fc1(x), approximate=False), deterministic, rngs)
+        x = _apply_dropout(self.dropout, F.gelu(self.fc1(x)), deterministic, rngs)
         return _apply_dropout(self.dropout, self.fc2(x), deterministic, rngs)
 
 

@@ -231,5 +231,5 @@ class NeighborhoodTransformerBlock(nn.Module):
             **inits,
         )
         x = x + branch(attn(norm(name="norm1")(x), deterministic), "gamma1")
-        y = nn.gelu(dense(int(features * self.mlp_ratio), "fc1")(norm(name="norm2")(x)), approximate=False)
+        y = F.gelu(dense(int(features * self.mlp_ratio), "fc1")(norm(name="norm2")(x)))
         return x + branch(drop(dense(features, "fc2")(drop(y))), "gamma2")
