@@ -1,7 +1,8 @@
 """Reading and writing tensor files: safetensors, and without PyTorch its zip archives (``.bin``, ``.pth``, ``.pt``).
 
 Sources: the safetensors format description; the layout that ``torch.save`` writes since PyTorch 1.6. Archives are read by
-an unpickler that knows tensors and plain containers and refuses everything else, so a file cannot run code.
+an unpickler that knows tensors and plain containers and puts a dead mark for everything else (a training script's arguments beside
+the weights, say), so a file cannot run code; where a mark stands for weights, the file is refused.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _STORAGE_DTYPES = {
     "BoolStorage": np.bool_,
 }
 # Dictionaries that training scripts wrap a state dict in.
-_WRAPPERS = ("state_dict", "model", "model_ema", "g_ema")
+_WRAPPERS = ("state_dict", "state_dicts", "model", "model_ema", "g_ema")
 
 
 def read(path: str | pathlib.Path) -> StateDict:
@@ -116,8 +117,31 @@ def _write_safetensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) ->
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(chunks))
 
 
+class _Foreign:
+    """Stands for an object of a class that is not read: takes what the pickle gives it and forgets it."""
+
+    origin = ""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> _Foreign:
+        return self
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+    def append(self, _: Any) -> None:
+        pass
+
+    extend = append
+
+
 class _Unpickler(pickle.Unpickler):
-    """Tensors as numpy arrays; nothing but tensors and plain containers."""
+    """Tensors as numpy arrays in plain containers; of everything else only the name of its class."""
 
     def __init__(self, file: io.BytesIO, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
@@ -132,10 +156,7 @@ class _Unpickler(pickle.Unpickler):
             return collections.OrderedDict
         if module == "torch" and name in _STORAGE_DTYPES:
             return np.dtype(_STORAGE_DTYPES[name])
-        raise pickle.UnpicklingError(
-            f"the archive refers to {module}.{name}: only tensors in plain containers are read. Save the state dict alone: "
-            "torch.save(model.state_dict(), path)"
-        )
+        return type(name, (_Foreign,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         kind, dtype, key, _, count = pid
@@ -164,6 +185,12 @@ def _read_torch(path: pathlib.Path) -> StateDict:
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+    for part in (content, *content.values()) if isinstance(content, dict) else (content,):
+        if isinstance(part, _Foreign):
+            raise ValueError(
+                f"{path} refers to {part.origin}: only tensors in plain containers are read. Save the state dict alone: "
+                "torch.save(model.state_dict(), path)"
+            )
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in content.items() if isinstance(tensor, np.ndarray)}

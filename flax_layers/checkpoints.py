@@ -2,7 +2,8 @@
 
 ``load(model, path)`` fills a model of :mod:`flax_layers.models`; ``save(model, path, layout)`` writes one that PyTorch
 reads. Parameters carry the original names here, so that layout is ``kernel`` and ``scale`` renamed to ``weight`` and
-transposed; the Hugging Face layout is a table of regular expressions on top.
+transposed; the Hugging Face layout is a table of regular expressions on top. StyleNAT's first release named the biases of its head
+groups otherwise (``rpb0``, ``rpb1``); it is read, and the current names are written.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ Layout = Literal["original", "huggingface"]
 LAYOUTS = ("original", "huggingface")
 
 # Buffers of the PyTorch models that are no parameters.
-_BUFFERS = re.compile(r"(^|\.)(relative_position_index|num_batches_tracked)$")
+_BUFFERS = re.compile(
+    r"(^|\.)(relative_position_index|num_batches_tracked|sin_pos_embed\._float_tensor|to_rgbs\.\d+\.upsample\.kernel)$"
+)
 _HF_PREFIX = re.compile(r"^(dinat|nat)\.")
 
 
@@ -79,16 +82,55 @@ def _place(path: Sequence[Any], layout: Layout) -> _Place:
 
 
 def _from_torch(path: Sequence[Any], tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's axes to Flax's: ``Linear [out, in]``, ``Conv2d [out, in, h, w]``."""
-    if path[-1] != "kernel":
-        return tensor
-    return tensor.T if tensor.ndim == 2 else np.transpose(tensor, (2, 3, 1, 0)) if tensor.ndim == 4 else tensor
+    """PyTorch's axes to Flax's: ``Linear [out, in]``, ``Conv2d [out, in, h, w]``, images ``[1, C, h, w]``."""
+    if path[-1] == "kernel" and tensor.ndim == 2:
+        return tensor.T
+    if tensor.ndim == 4:
+        return np.transpose(tensor, (2, 3, 1, 0) if path[-1] == "kernel" else (0, 2, 3, 1))
+    return tensor
 
 
 def _to_torch(path: Sequence[Any], array: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
-        return array
-    return array.T if array.ndim == 2 else np.transpose(array, (3, 2, 0, 1))
+    if path[-1] == "kernel" and array.ndim == 2:
+        return array.T
+    if array.ndim == 4:
+        return np.transpose(array, (3, 2, 0, 1) if path[-1] == "kernel" else (0, 3, 1, 2))
+    return array
+
+
+def _current_names(tensors: Mapping[str, Array], expected: set[str]) -> dict[str, Array]:
+    """StyleNAT's first release: two biases ``rpb0`` and ``rpb1`` in every layer, also where all heads share a geometry."""
+    current = dict(tensors)
+    for name in tensors:
+        stem = name.removesuffix("0")
+        if name.endswith("attn.rpb0") and f"{stem}1" in tensors:
+            first, second = current.pop(f"{stem}0"), current.pop(f"{stem}1")
+            if f"{stem}.1" in expected:
+                current |= {f"{stem}.0": first, f"{stem}.1": second}
+            else:
+                current[f"{stem}.0"] = np.concatenate([np.asarray(first), np.asarray(second)])
+    return current
+
+
+def _generator_buffers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the PyTorch generator of StyleNAT keeps beside its parameters, so that its strict ``load_state_dict`` is content."""
+    buffers: dict[str, np.ndarray] = {}
+    taps = np.array([1.0, 3.0, 3.0, 1.0], np.float32) / 4.0
+    levels = sum(name.endswith("conv.weight") for name in tensors)
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "alpha":
+            buffers[f"{stem}.sin_pos_embed._float_tensor"] = np.zeros(1, np.float32)
+        elif name.endswith("conv.weight") and not name.startswith(f"to_rgbs.{levels - 1}."):
+            buffers[stem.removesuffix("conv") + "upsample.kernel"] = np.outer(taps, taps)
+        elif leaf == "rpb":
+            length = (tensor.shape[-1] + 1) // 2
+            row, column = np.divmod(np.arange(length**2), length)
+            offset = (
+                (row[None] - row[:, None] + length - 1) * (2 * length - 1) + column[None] - column[:, None] + length - 1
+            )
+            buffers[f"{stem}.relative_position_index"] = offset.astype(np.int64)
+    return buffers
 
 
 def detect_layout(names: Sequence[str]) -> Layout:
@@ -138,6 +180,8 @@ def from_state_dict(
     used: set[str] = set()
     errors: list[str] = []
     graph, state, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    if layout == "original":
+        given = _current_names(given, {_original_name(path) for path, _ in nnx.to_flat_state(state)})
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         old = _value(leaf)
@@ -201,7 +245,7 @@ def to_state_dict(model: Any, layout: Layout = "original", *, prefix: str = "") 
             tensors[name] = np.array(part, order="C")
     for name, parts in rows.items():
         tensors[name] = np.stack([parts[row] for row in sorted(parts)])
-    return tensors
+    return tensors | (_generator_buffers(tensors) if "input.input" in tensors else {})
 
 
 def load(model: Any, path: str | pathlib.Path, *, layout: Layout | None = None, ignore: str | None = None) -> Any:

@@ -1,7 +1,8 @@
 """The StyleNAT generator: style-based image synthesis with Hydra neighborhood attention.
 
 ``z -> mapping network -> w``; from a learned 4x4 constant, each resolution has two blocks modulated by ``w`` (adaptive
-instance norm), then a bilinear upsampling; the image is the sum of one RGB projection per resolution.
+instance norm), then a bilinear upsampling; the image is the sum of one RGB projection per resolution. Attributes carry the
+names of the published PyTorch checkpoints.
 
 Sources: Walton et al., "StyleNAT: Giving Each Head a New Perspective" (arXiv 2211.05770); the skeleton is that of Zhang
 et al., "StyleSwin" (arXiv 2112.10762), the mapping network and the RGB skips those of Karras et al., "StyleGAN2"
@@ -20,7 +21,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from flax_layers._nnx import MLP, HydraNeighborhoodAttention
+from flax_layers import _functional as F
+from flax_layers._nnx import MLP, HydraNeighborhoodAttention, _Projected, default_bias_init, default_rpb_init
 from flax_layers.models._vision import EPSILON, kernel_init
 
 Array = Any
@@ -29,8 +31,16 @@ Dtype = Any
 FIRST_SIZE = 4
 # Per resolution, from 4x4 up to 1024x1024.
 CHANNELS = (512, 512, 512, 512, 512, 256, 128, 64, 32)
-WINDOWS = ((3,), *((7,),) * 8)
-DILATIONS = ((1,), (1,), (1, 2), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (1, 128))
+# Per resolution, from 8x8 up: at 4x4 every token sees all 16, as in the published checkpoints.
+WINDOWS = ((7,),) * 8
+DILATIONS = ((1,), (1, 2), (1, 4), (1, 8), (1, 16), (1, 32), (1, 64), (1, 128))
+
+
+class PixelNorm(nnx.Module):
+    """Divides ``x [B, C]`` by the root mean square of its features."""
+
+    def __call__(self, x: Array) -> Array:
+        return x * lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + 1e-8)
 
 
 class EqualLinear(nnx.Module):
@@ -73,31 +83,49 @@ class AdaptiveInstanceNorm(nnx.Module):
         return gamma * ((wide - mean) * lax.rsqrt(variance + EPSILON)).astype(gamma.dtype) + beta
 
 
-class StyleBlock(nnx.Module):
-    """A pre-norm transformer block whose norms carry the style."""
+class FullAttention(_Projected):
+    """Self-attention among all tokens of a ``length x length`` grid, with ``rpb [H, 2 length - 1, 2 length - 1]``."""
 
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        windows: Sequence[int],
-        dilations: Sequence[int],
-        style_dim: int,
-        mlp_ratio: float,
-        implementation: str | None,
-        **options: Any,
-    ):
-        self.norm1 = AdaptiveInstanceNorm(features, style_dim, **options)
-        self.attn = HydraNeighborhoodAttention(
+    def __init__(self, features: int, num_heads: int, length: int, param_dtype: Dtype, rngs: nnx.Rngs, **options: Any):
+        super().__init__(
             features,
             num_heads,
-            windows,
-            dilations,
-            rank=2,
-            implementation=implementation,
+            num_kv_heads=None,
+            head_dim=None,
+            out_features=None,
+            use_bias=True,
+            qkv_bias=None,
+            dropout_rate=0.0,
+            projection_dropout_rate=0.0,
+            scale=None,
+            fit="error",
+            implementation=None,
             kernel_init=kernel_init,
+            bias_init=default_bias_init,
+            param_dtype=param_dtype,
+            rngs=rngs,
             **options,
         )
+        self.length = length
+        self.rpb = nnx.Param(default_rpb_init(rngs.params(), (num_heads, 2 * length - 1, 2 * length - 1), param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        """``x [B, length, length, features]`` to the same shape."""
+        query, key, value = (y.reshape(y.shape[0], -1, *y.shape[-2:]) for y in self._heads(x))
+        rows, columns = np.divmod(np.arange(self.length**2), self.length)
+        row, column = (entry[None, :] - entry[:, None] + self.length - 1 for entry in (rows, columns))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * self.head_dim**-0.5, key, precision=self.precision)
+        weights = jax.nn.softmax(scores.astype(jnp.float32) + self.rpb[...][:, row, column], axis=-1)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value, precision=self.precision)
+        return self.proj(F.merge_heads(out).reshape(*x.shape[:-1], -1))
+
+
+class StyleBlock(nnx.Module):
+    """A pre-norm transformer block whose norms carry the style; ``attn`` maps ``[B, H, W, features]`` to the same shape."""
+
+    def __init__(self, attn: nnx.Module, features: int, style_dim: int, mlp_ratio: float, **options: Any):
+        self.norm1 = AdaptiveInstanceNorm(features, style_dim, **options)
+        self.attn: Any = attn
         self.norm2 = AdaptiveInstanceNorm(features, style_dim, **options)
         self.mlp = MLP(features, int(features * mlp_ratio), kernel_init=kernel_init, **options)
 
@@ -167,8 +195,8 @@ class ToRGB(nnx.Module):
 
     def __init__(self, features: int, upsample: bool, param_dtype: Dtype, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(0.02**2, "fan_avg", "normal")
-        self.conv = nnx.Linear(features, 3, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
-        self.bias = nnx.Param(jnp.zeros((3,), param_dtype))
+        self.conv = nnx.Conv(features, 3, (1, 1), kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros((1, 1, 1, 3), param_dtype))
         self.upsample = upsample
 
     def __call__(self, x: Array, skip: Array | None) -> Array:
@@ -176,6 +204,13 @@ class ToRGB(nnx.Module):
         if skip is None:
             return image
         return image + (upsample_image(skip) if self.upsample else skip)
+
+
+class ConstantInput(nnx.Module):
+    """The learned image, ``[1, size, size, features]``, that the first resolution starts from."""
+
+    def __init__(self, features: int, size: int, param_dtype: Dtype, rngs: nnx.Rngs):
+        self.input = nnx.Param(jax.random.normal(rngs.params(), (1, size, size, features), param_dtype))
 
 
 class StyleLevel(nnx.Module):
@@ -192,7 +227,8 @@ class StyleNAT(nnx.Module):
     Args:
       image_size: a power of two from 8 on; 256 and 1024 are the published FFHQ generators.
       style_dim: of ``z`` and ``w``; ``mapping_depth`` layers lead from one to the other.
-      channels, windows, dilations: per resolution from 4x4 up; ``windows`` and ``dilations`` have an entry per head group.
+      channels: per resolution from 4x4 up.
+      windows, dilations: per resolution from 8x8 up, with an entry per head group; at 4x4 every token sees all.
       min_heads: heads are ``max(channels // 32, min_heads)``.
       mlp_ratio, mapping_lr_mul: of the blocks; of the mapping network.
       implementation, dtype, param_dtype, precision, rngs: as in the layers.
@@ -219,33 +255,45 @@ class StyleNAT(nnx.Module):
         count = int(math.log2(image_size)) - 1
         if image_size < 2 * FIRST_SIZE or 2 ** (count + 1) != image_size:
             raise ValueError(f"image_size={image_size}: it must be a power of two, at least {2 * FIRST_SIZE}")
-        for name, entries in (("channels", channels), ("windows", windows), ("dilations", dilations)):
-            if len(entries) < count:
-                raise ValueError(f"{name} has {len(entries)} entries, image_size={image_size} needs {count}: 4x4 and up")
+        for name, entries, needed in (
+            ("channels", channels, count),
+            ("windows", windows, count - 1),
+            ("dilations", dilations, count - 1),
+        ):
+            if len(entries) < needed:
+                first = 2 ** (count + 2 - needed)
+                raise ValueError(
+                    f"{name} has {len(entries)} entries, image_size={image_size} needs {needed}: {first}x{first} and up"
+                )
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision, "rngs": rngs}
         self.image_size, self.style_dim, self.num_styles = image_size, style_dim, 2 * count
         self.dtype = dtype
-        self.style = nnx.List(
+        layers = (
             EqualLinear(style_dim, style_dim, lr_mul=mapping_lr_mul, activate=True, **options) for _ in range(mapping_depth)
         )
-        self.input = nnx.Param(jax.random.normal(rngs.params(), (1, FIRST_SIZE, FIRST_SIZE, channels[0]), param_dtype))
+        self.style = nnx.List([PixelNorm(), *layers])
+        self.input = ConstantInput(channels[0], FIRST_SIZE, param_dtype, rngs)
+
+        def attention(i: int) -> nnx.Module:
+            heads = max(channels[i] // 32, min_heads)
+            if i == 0:
+                return FullAttention(channels[0], heads, FIRST_SIZE, **options)
+            return HydraNeighborhoodAttention(
+                channels[i],
+                heads,
+                windows[i - 1],
+                dilations[i - 1],
+                rank=2,
+                implementation=implementation,
+                kernel_init=kernel_init,
+                **options,
+            )
+
         levels, to_rgbs = [], []
         for i in range(count):
             last = i == count - 1
             out_channels = channels[i] if last else channels[i + 1]
-            blocks = [
-                StyleBlock(
-                    channels[i],
-                    max(channels[i] // 32, min_heads),
-                    windows[i],
-                    dilations[i],
-                    style_dim,
-                    mlp_ratio,
-                    implementation,
-                    **options,
-                )
-                for _ in range(2)
-            ]
+            blocks = [StyleBlock(attention(i), channels[i], style_dim, mlp_ratio, **options) for _ in range(2)]
             levels.append(StyleLevel(blocks, None if last else BilinearUpsample(channels[i], out_channels, **options)))
             to_rgbs.append(ToRGB(out_channels, not last, param_dtype, rngs))
         self.layers, self.to_rgbs = nnx.List(levels), nnx.List(to_rgbs)
@@ -254,7 +302,7 @@ class StyleNAT(nnx.Module):
         """``z [B, style_dim]`` to one style ``w`` for every block, ``[B, num_styles, style_dim]``."""
         if z.ndim != 2 or z.shape[-1] != self.style_dim:
             raise ValueError(f"z has shape {tuple(z.shape)}: expected [batch, {self.style_dim}]")
-        w = z * lax.rsqrt(jnp.mean(z**2, axis=1, keepdims=True) + 1e-8)
+        w = z
         for layer in self.style:
             w = layer(w)
         return jnp.broadcast_to(w[:, None], (w.shape[0], self.num_styles, self.style_dim))
@@ -264,7 +312,8 @@ class StyleNAT(nnx.Module):
         if w.ndim != 3 or w.shape[1:] != (self.num_styles, self.style_dim):
             raise ValueError(f"w has shape {tuple(w.shape)}: expected [batch, {self.num_styles}, {self.style_dim}]")
         dtype = self.dtype or w.dtype
-        x = jnp.broadcast_to(self.input[...].astype(dtype), (w.shape[0], *self.input.shape[1:]))
+        start = self.input.input[...].astype(dtype)
+        x = jnp.broadcast_to(start, (w.shape[0], *start.shape[1:]))
         image = None
         for i, (level, to_rgb) in enumerate(zip(self.layers, self.to_rgbs, strict=True)):
             for j, block in enumerate(level.blocks):

@@ -161,7 +161,7 @@ def test_stylenat_small():
         mapping_depth=2,
         channels=(64, 64, 32),
         min_heads=2,
-        windows=((3,), (3,), (5,)),
+        windows=((3,), (5,)),
     )
     model = make(rngs=nnx.Rngs(0))
     z = jax.random.normal(jax.random.key(0), (2, 32))
@@ -173,6 +173,21 @@ def test_stylenat_small():
     assert nnx.eval_shape(lambda: make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(z)).dtype == jnp.float32
     with pytest.raises(ValueError, match="image_size=24"):
         make(image_size=24, rngs=nnx.Rngs(0))
+
+
+def test_stylenat_calls_a_kernel_once_per_layer_and_geometry():
+    """Lowered for a GPU: two blocks at 8x8 with one geometry, two each at 16x16 and 32x32 with two."""
+    graph, state = nnx.split(abstract_generator())
+    z = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
+    traced = jax.jit(lambda state, z: nnx.merge(graph, state)(z)).trace(state, z)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jax_na_forward(") == 2 * 1 + 4 * 2
+
+
+def abstract_generator():
+    options = {"image_size": 32, "style_dim": 64, "mapping_depth": 1, "channels": (64,) * 4, "min_heads": 2}
+    options |= {"windows": ((7,),) * 3, "dilations": ((1,), (1, 2), (1, 4)), "dtype": jnp.bfloat16}
+    return nnx.eval_shape(lambda: models.StyleNAT(**options, implementation="cuda", rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("layout", checkpoints.LAYOUTS)

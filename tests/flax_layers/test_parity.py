@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pathlib
 import sys
 import warnings
@@ -143,6 +144,23 @@ def test_files_that_pytorch_writes_and_reads(theirs, tmp_path):
     safetensors.save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
     for key, value in _tensor_files.read(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(value, state[key].numpy())
+
+
+def test_what_a_training_script_saved_beside_the_weights_is_passed_over(theirs, tmp_path):
+    """As in StyleNAT's files: both generators, optimizer, arguments. Nothing of a foreign class is called."""
+    state = theirs["nat"].state_dict()
+
+    class Trap:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "called",))
+
+    arguments = {"args": argparse.Namespace(lr=0.1), "trap": Trap(), "g_optim": {"state": {0: {"step": 3}}}}
+    for generators in ({"g": {}, "g_ema": state}, {"state_dicts": {"g": {}, "g_ema": state}}):
+        torch.save(generators | arguments, tmp_path / "training.pt")
+        read = _tensor_files.read(tmp_path / "training.pt")
+        assert set(read) == set(state)
+        np.testing.assert_array_equal(read["nat.layernorm.weight"], state["nat.layernorm.weight"].numpy())
+    assert not (tmp_path / "called").exists()
 
 
 def test_an_archive_with_anything_but_tensors_is_refused(theirs, tmp_path):
