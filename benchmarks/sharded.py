@@ -1,6 +1,7 @@
 """Spatial sharding on several GPUs: numbers against the unsharded call, times, scaling efficiency, bytes of halo.
 
-    python -m benchmarks.sharded [--devices 2 4] [--problems 3d-hunyuan-d128 3d-ltx-s5-d64] [--seconds 100] [--json FILE]
+    python -m benchmarks.sharded [--devices 2 4] [--problems 3d-hunyuan-d128 3d-ltx-s5-d64] [--seconds 1] [--json FILE]
+                                 [--options xla_gpu_use_memcpy_local_p2p=true]
 
 For each problem the axis with the smallest halo is split. Times are medians of rounds of calls that are queued without waiting,
 milliseconds per call. Efficiency is t(1 GPU) / (n * t(n GPUs)). Prints one JSON object; the exit status is 1 if numbers disagree.
@@ -93,7 +94,7 @@ def step(attend: Any) -> Any:
     return run
 
 
-def measure(case: Case, device_counts: list[int], dtype: Any, budget: float) -> dict[str, Any]:
+def measure(case: Case, device_counts: list[int], dtype: Any, budget: float, options: dict[str, str]) -> dict[str, Any]:
     devices = jax.devices()
     keys = jax.random.split(jax.random.key(0), 4)
     shape = case.shapes()["query"]
@@ -118,8 +119,8 @@ def measure(case: Case, device_counts: list[int], dtype: Any, budget: float) -> 
         split = functools.partial(jax_na.sharded_neighborhood_attention, mesh=mesh, partition=partition, **arguments)
         even = case.spatial[axis] % count == 0
         placed = jax.device_put(given, NamedSharding(mesh, partition if even else P()))
-        compiled = jax.jit(split).lower(*placed[:3]).compile()
-        compiled_both = jax.jit(step(split)).lower(*placed).compile()
+        compiled = jax.jit(split).lower(*placed[:3]).compile(options)
+        compiled_both = jax.jit(step(split)).lower(*placed).compile(options)
         sharded_out, sharded_grads = compiled_both(*placed)
         gathered = jax.device_put((sharded_out, *sharded_grads), devices[0])
         errors = [float(relative_error(a, b)) for a, b in zip(gathered, (out, *grads), strict=True)]
@@ -151,10 +152,13 @@ def main() -> int:
     parser.add_argument("--problems", nargs="+", default=["3d-hunyuan-d128", "3d-ltx-s5-d64"])
     parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each timing")
     parser.add_argument("--json", help="write the result there too")
+    parser.add_argument("--options", nargs="*", default=[], help="compiler options of the sharded programs, name=value")
     parser.add_argument("--smoke", action="store_true", help="a tiny problem, on whatever devices there are")
     options = parser.parse_args()
     cases = [SMOKE] if options.smoke else [PROBLEMS[name] for name in options.problems]
+    compiler_options = dict(option.split("=", 1) for option in options.options)
     result: dict[str, Any] = {
+        "compiler_options": compiler_options,
         "device": jax.devices()[0].device_kind,
         "num_devices": len(jax.devices()),
         "jax": jax.__version__,
@@ -164,7 +168,8 @@ def main() -> int:
     failed = False
     for case in cases:
         try:
-            report = measure(case, options.devices, jnp.float32 if options.smoke else jnp.bfloat16, options.seconds)
+            dtype = jnp.float32 if options.smoke else jnp.bfloat16
+            report = measure(case, options.devices, dtype, options.seconds, compiler_options)
             rows = report["sharded"].values()
             failed |= any(error > 0.02 for row in rows for error in row["relative_errors"].values())
             failed |= any(row["halo_bytes_forward"] != row["halo_bytes_expected"] for row in rows)

@@ -1,7 +1,6 @@
 """What needs two GPUs or more."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jax_na
 from jax_na.testing.cases import Case
+from jax_na.testing.compiled import collectives
 
 pytestmark = pytest.mark.multi_gpu
-
-COLLECTIVE = re.compile(r" (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
 
 
 def test_every_device_is_served_by_itself():
@@ -30,10 +28,6 @@ def test_every_device_is_served_by_itself():
 
 def mesh_of_all():
     return jax.make_mesh((len(jax.devices("gpu")),), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("gpu"))
-
-
-def collectives(compiled) -> set[str]:
-    return set(COLLECTIVE.findall(compiled.as_text()))
 
 
 def values_and_gradients(function):

@@ -1,7 +1,6 @@
 """Batch and heads split over a mesh: every cell is checked for the collectives in HLO and for its numbers."""
 
 import functools
-import re
 import warnings
 
 import jax
@@ -14,18 +13,11 @@ from jax.sharding import PartitionSpec as P
 import jax_na
 from jax_na._sharding import plan
 from jax_na._spec import Inputs
+from jax_na.testing.compiled import COLLECTIVES, QUICK, collectives
 
-COLLECTIVE = re.compile(r"= \S+ (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
-COLLECTIVE_NAMES = {"all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"}
-# Optimizing machine code is half of a compilation on CPU, and no test here is about it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 HEADS, DIM = 8, 4
 SPATIAL = {1: (9,), 2: (6, 5), 3: (4, 3, 5)}
 WINDOW = {1: (3,), 2: (3, 3), 3: (3, 1, 3)}
-
-
-def collectives(compiled) -> set[str]:
-    return set(COLLECTIVE.findall(compiled.as_text()))
 
 
 def make_mesh(kind: AxisType, shape=(2, 4), names=("x", "y")):
@@ -244,7 +236,7 @@ def test_conflicting_shardings_follow_the_query(name):
     given = make_inputs()
     first, second = place(given, mesh, "x", "y"), place(given, mesh, "y", "x")
     inputs = first._replace(key=second.key)
-    run(PASSES[name], inputs, expected(name), COLLECTIVE_NAMES)
+    run(PASSES[name], inputs, expected(name), COLLECTIVES)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

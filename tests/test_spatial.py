@@ -1,7 +1,6 @@
 """Spatial axes split over a mesh: equal to the unsharded call, and nothing but the halo travels."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,11 @@ from jax.sharding import PartitionSpec as P
 import jax_na
 from jax_na._spatial import exchange, halo_widths
 from jax_na._window import visible
-
-COLLECTIVE = re.compile(r"= (\S+) (all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter)(?:-start)?\(")
-SHAPE = re.compile(r"(f32|bf16|f16|f64)\[([\d,]*)\]")
+from jax_na.testing.compiled import QUICK, traffic
 
 
 def make_mesh(kind=AxisType.Auto):
     return jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind, kind))
-
-
-def traffic(compiled) -> dict[str, int]:
-    """Elements each device receives, by kind of collective."""
-    result: dict[str, int] = {}
-    for shapes, kind in COLLECTIVE.findall(compiled.as_text()):
-        elements = sum(np.prod([int(n) for n in dims.split(",") if n], dtype=int) for _, dims in SHAPE.findall(shapes))
-        result[kind] = result.get(kind, 0) + int(elements)
-    return result
 
 
 def operands(spatial, heads=2, kv_heads=2, dim=4, dim_v=4, batch=2, bias_window=None, extra=0):
@@ -67,7 +55,7 @@ def compare(given, mesh, partition, *, exact=True, gradients=True, **arguments):
             values, vjp = jax.vjp(lambda given: function(**given), given)
             return (values, vjp(jax.grad(total)(values))) if gradients else values
 
-        return jax.jit(run)
+        return jax.jit(run, compiler_options=None if exact else QUICK)
 
     with jax.set_mesh(mesh):
         tokens = {"query", "key", "value"}
@@ -162,9 +150,9 @@ def test_traffic_is_the_halo(length, axes, window, stride, dilation, causal):
         assert left + right < window * dilation + stride * dilation
     if causal:
         assert right == 0
-    moved = compare(given, mesh, P(None, axes), gradients=False, **arguments)
+    moved = compare(given, mesh, P(None, axes), exact=False, gradients=False, **arguments)
     assert moved == {"collective-permute": halo}
-    moved = compare(given, mesh, P(None, axes), **arguments)
+    moved = compare(given, mesh, P(None, axes), exact=False, **arguments)
     assert moved == {"collective-permute": 2 * halo}
 
 
