@@ -28,12 +28,17 @@ struct Accumulator<true, kTiles> {
   }
 };
 
+// Blocks an SM shall hold. float32: shared memory allows three, whose registers the gather's loads fill.
+template <typename T, int kColumns>
+constexpr int kMinBlocks = sizeof(T) == 4 || kColumns > 64 ? 3 : 4;
+
 // Sixteen rows of 64 columns: element (r, column) is the weight that query `rows[r]` gives the key of the column, or zero.
-// PERF: eight rows are loaded before any is stored, so that sixteen loads a lane are under way.
+// PERF: eight rows (float32: all) are loaded before any is stored, so that sixteen (32) loads a lane are under way. With
+// eight rows inverse takes 25 % longer in float32 (H200, 2d-128-w32-d64).
 template <typename T>
 __device__ __forceinline__ void gather_rows(uint32_t guard, const Row* rows, const LaneKeys<T>& keys, unsigned char* to,
                                             int stride, int lane) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = sizeof(T) == 4 ? kWarpRows : 8;
   unsigned char* const to_lane = to + lane * sizeof(T);
 #pragma unroll
   for (int first = 0; first < kWarpRows; first += kBatch) {

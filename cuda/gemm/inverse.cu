@@ -7,7 +7,7 @@ namespace jax_na::gemm {
 namespace {
 
 template <typename T, bool kPrecise, int kColumns>
-__global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 4 : 3) inverse_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kColumns>) inverse_kernel(const __grid_constant__ Params params) {
   Inverse<T, kPrecise, kColumns>::run(params);
 }
 

@@ -7,7 +7,7 @@ namespace jax_na::gemm {
 namespace {
 
 template <typename T, bool kPrecise, int kColumns>
-__global__ void __launch_bounds__(kThreads, kColumns <= 64 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, kColumns>)
     neighborhood_kernel(const __grid_constant__ Params params) {
   Neighborhood<T, kPrecise, kColumns>::run(params);
 }
