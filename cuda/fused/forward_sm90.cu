@@ -21,6 +21,17 @@ const char* launch(int32_t kernel, DType dtype, const ForwardParams& params, int
   }
 }
 
+// Whether to begin with the last query tiles: under a causal mask the first ones are short, and what is left over when the
+// SMs run out of tiles should be short. Not if the windows of so many instances (heads, groups, batch) would not stay in
+// L2.
+bool longest_first(const Problem& problem, const ForwardPlan& plan, int64_t instances) {
+  constexpr int64_t kBytes = 24 << 20;  // PERF: half of the L2 of an H200
+  int outermost = 0;                    // axis with more than one query tile
+  while (outermost < kMaxRank - 1 && problem.axis[outermost].q_len <= plan.unit[outermost] * plan.grid[outermost])
+    ++outermost;
+  return problem.axis[outermost].causal != 0 && instances * problem.window_volume() * problem.dim * 4 <= kBytes;
+}
+
 }  // namespace
 
 Status forward(const Problem& problem, const ForwardBuffers& buffers, const CallOptions& options, cudaStream_t stream) {
@@ -36,6 +47,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   int32_t q_len[kMaxRank], kv_len[kMaxRank];
   int32_t q_box[kMaxRank];  // of one load
   int64_t num_items = problem.batch * problem.heads;
+  int64_t tiles_of_group = 1;
   for (int a = 0; a < kMaxRank; ++a) {
     const Axis& axis = problem.axis[a];
     params.axis[a] = axis;
@@ -52,15 +64,19 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     const int32_t tiles = (queries + extent - 1) / extent;
     params.tiles[a] = FastDivisor(tiles);
     params.groups[a] = FastDivisor(axis.dilation);
+    tiles_of_group *= tiles;
     num_items *= int64_t(tiles) * axis.dilation;
   }
   if (num_items == 0) return Status();
   if (num_items >= int64_t(1) << 31) return Status::error("the Hopper kernels count query tiles in 31 bits");
   params.num_items = int32_t(num_items);
+  const int64_t instances = num_items / tiles_of_group;
+  params.longest_first = FastDivisor(longest_first(problem, plan, instances) ? instances : 1);
   params.halo = problem.sharded ? buffers.halo : nullptr;
   params.rank = problem.rank;
   params.heads = FastDivisor(problem.heads);
   params.heads_per_kv = FastDivisor(problem.heads / problem.kv_heads);
+  params.take_turns = plan.take_turns;
   params.scale = problem.scale;
   params.out = buffers.out;
   params.lse = buffers.lse;

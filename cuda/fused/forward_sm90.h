@@ -41,7 +41,11 @@ struct ForwardParams {
   FastDivisor groups[kMaxRank];   // dilation
   FastDivisor heads;
   FastDivisor heads_per_kv;
-  int32_t num_items;  // batch x heads x groups x tiles
+  int32_t num_items;          // batch x heads x groups x tiles
+  FastDivisor longest_first;  // if not 1: batch x heads x groups, and the last tiles of all of them come first
+  // Consumers of a shared key tile take turns at the tensor cores, so that the softmax of one runs under the products of
+  // another.
+  int32_t take_turns;
   float scale;
   void* out;        // [batch, axes, heads, dim]
   float* lse;       // [batch, axes, heads]
@@ -66,12 +70,12 @@ struct ForwardConfig {
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  // Column groups of eight whose exponentials come before the wait for the last product of values: up to D 64 that one is
+  // done when the maxima are, and the exponentials run better beside the conversions of the weights.
+  static constexpr int kEarlyGroups = kDim <= 64 ? 0 : kN / 16;
   static constexpr int kRowBytes = kDim == 32 ? 64 : 128;  // of a TMA row: the swizzle span
   static constexpr int kRowElements = kRowBytes / 2;
   static constexpr int kBlocks = kDim / kRowElements;  // column blocks of a token
-  // Consumers of a shared tile take turns at the tensor cores, so that the softmax of one runs under the products of
-  // another.
-  static constexpr bool kTakeTurns = kShared;
 };
 
 // ---- shared memory ----
@@ -104,7 +108,7 @@ struct ItemInfo {
 struct RowInfo {
   Interval keys[kMaxRank];  // its window
   int32_t token;            // in [batch, axes], or -1: no such query
-  int32_t unused;
+  int32_t head;
 };
 
 // What producer and consumers tell each other. kRows: queries of a ring's tile; kRowSlots: tiles whose rows are kept.
@@ -165,7 +169,7 @@ __device__ __forceinline__ RowInfo describe_row(const ForwardParams& params, con
     token = token * params.axis[a].q_len + group.q_first + ordinal * params.axis[a].dilation;
   }
   row.token = exists ? token : -1;
-  row.unused = 0;
+  row.head = item.head;
   return row;
 }
 
@@ -176,12 +180,47 @@ struct ForwardStorage {
   alignas(1024) T q[Config::kConsumers][Config::kQStages][Config::kM * Config::kDim];
   alignas(1024) T k[kRings][Config::kStages][Config::kN * Config::kDim];
   alignas(1024) T v[kRings][Config::kStages][16 * Config::kSteps * Config::kDim];
-  alignas(16) ProducerStorage<kRings, Config::kRingConsumers, Config::kRingConsumers * Config::kM, 1, Config::kStages,
+  alignas(16) ProducerStorage<kRings, Config::kRingConsumers, Config::kRingConsumers * Config::kM, 2, Config::kStages,
                               Config::kQStages> record;
   alignas(16) ColumnMask<Config::kN> mask;
 };
 
 // ---- producer ----
+// Where query tile `index` lies on one axis.
+struct ItemPlace {
+  int32_t tile, residue;  // of the axis
+  int32_t head, batch;
+};
+
+// Spatial tiles vary fastest, then dilation groups, heads, batch, so that CTAs share keys in L2.
+__device__ __forceinline__ ItemPlace item_place(const ForwardParams& params, uint32_t index, int axis) {
+  ItemPlace place{};
+  uint32_t n = index;
+  if (params.longest_first.divisor != 1) {
+    const uint32_t tiles = params.tiles[0].divisor * params.tiles[1].divisor * params.tiles[2].divisor;
+    const uint32_t instance = params.longest_first.split(n);
+    n = instance * tiles + (tiles - 1 - n);
+  }
+#pragma unroll
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    const int32_t t = params.tiles[a].split(n);
+    place.tile = a == axis ? t : place.tile;
+  }
+#pragma unroll
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    const int32_t r = params.groups[a].split(n);
+    place.residue = a == axis ? r : place.residue;
+  }
+  place.head = params.heads.split(n);
+  place.batch = n;
+  return place;
+}
+
+__device__ __forceinline__ Shard shard_of_axis(const ForwardParams& params, int axis) {
+  const int halo_row = axis - (kMaxRank - params.rank);
+  return params.halo != nullptr && halo_row >= 0 ? params.halo[halo_row] : params.shard[axis];
+}
+
 __device__ __forceinline__ WindowRange window_range(const Axis& axis, const GroupAxis& group, int32_t first,
                                                     int32_t count) {
   const int32_t last = min(first + count, group.q_count) - 1;
@@ -211,8 +250,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
   const int axis = lane % 4 < kMaxRank ? lane % 4 : 0;
   const int consumer = lane / 4 - 1;
   const Axis own_axis = params.axis[axis];
-  const int halo_row = axis - (kMaxRank - params.rank);
-  const Shard own_shard = params.halo != nullptr && halo_row >= 0 ? params.halo[halo_row] : params.shard[axis];
+  const Shard own_shard = shard_of_axis(params, axis);
   const int32_t own_unit = params.unit[axis], own_extent = params.unit[axis] * params.grid[axis];
   const int32_t own_shift = consumer < 0 || params.grid[axis] == 1 ? 0 : consumer * own_unit;  // wgmma: one axis is split
 
@@ -220,23 +258,10 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
   RingPosition<Config::kStages> kv_at;
   const int step = gridDim.x * Config::kRings;
   for (int index = blockIdx.x * Config::kRings + ring; index < params.num_items; index += step) {
-    // Which queries: spatial tiles vary fastest, then dilation groups, heads, batch, so that CTAs share keys in L2.
-    uint32_t n = index;
-    int32_t tile = 0, residue = 0;
-#pragma unroll
-    for (int a = kMaxRank - 1; a >= 0; --a) {
-      const int32_t t = params.tiles[a].split(n);
-      tile = a == axis ? t : tile;
-    }
-#pragma unroll
-    for (int a = kMaxRank - 1; a >= 0; --a) {
-      const int32_t r = params.groups[a].split(n);
-      residue = a == axis ? r : residue;
-    }
-    const int32_t head = params.heads.split(n);
-    const int32_t batch = n;
-    const GroupAxis own_group = group_axis(own_axis, own_shard, residue, params.groups[axis]);
-    const int32_t own_tile_first = tile * own_extent;
+    const ItemPlace place = item_place(params, index, axis);
+    const int32_t head = place.head, batch = place.batch;
+    const GroupAxis own_group = group_axis(own_axis, own_shard, place.residue, params.groups[axis]);
+    const int32_t own_tile_first = place.tile * own_extent;
     if (__any_sync(~0u, own_tile_first >= own_group.q_count)) continue;  // groups differ in length
 
     // Which keys: of the tile, and of each consumer.
@@ -376,6 +401,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 template <typename Config>
 __device__ __forceinline__ void multiply_qk(float (&s)[Config::kN / 2], uint64_t q, uint64_t k) {
   constexpr int kStepsPerBlock = Config::kRowElements / 16;
+  q = sm90::descriptor_uniform(q);
+  k = sm90::descriptor_uniform(k);
   sm90::pin_registers(s);
   sm90::wgmma_fence();
 #pragma unroll
@@ -391,6 +418,7 @@ __device__ __forceinline__ void multiply_qk(float (&s)[Config::kN / 2], uint64_t
 // O (64 x kDim) += P (64 x kN) V, committed, not waited for.
 template <typename Config>
 __device__ __forceinline__ void multiply_pv(float (&o)[Config::kDim / 2], uint32_t (&p)[Config::kSteps][4], uint64_t v) {
+  v = sm90::descriptor_uniform(v);
   sm90::pin_registers(o);
 #pragma unroll
   for (int i = 0; i < Config::kSteps; ++i) sm90::pin_registers(p[i]);
@@ -412,37 +440,62 @@ struct SoftmaxState {
 template <int kN>
 __device__ __forceinline__ void apply_mask(float (&s)[kN / 2], const uint32_t (&mask)[2][ColumnMask<kN>::kWords]) {
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) {
-    const int half = i / 2 % 2, bit = i / 4 * 2 + i % 2;
-    if (((mask[half][bit / 32] >> (bit % 32)) & 1) == 0) s[i] = -INFINITY;
+  for (int half = 0; half < 2; ++half) {  // bits in order, so that seven become predicates at once
+#pragma unroll
+    for (int bit = 0; bit < kN / 4; ++bit) {
+      if (((mask[half][bit / 32] >> (bit % 32)) & 1) == 0) s[bit / 2 * 4 + 2 * half + bit % 2] = -INFINITY;
+    }
   }
 }
 
-// Scores to probabilities relative to the new maximum; factor: what earlier sums and outputs are to be multiplied with.
+// Weights are relative to a maximum of the row that follows the scores by at most this much, as an exponent of 2: outputs
+// and sums are rescaled seldom then, and no weight exceeds 2^8.
+constexpr float kMaxGrowth = 8;
+
+// The first half of a softmax step: the rows' new reference. True if some row of the warp changed it, and what was summed
+// up so far is to be multiplied with factor.
+template <int kN>
+__device__ __forceinline__ bool update_max(SoftmaxState& state, const float (&s)[kN / 2], float scale_log2,
+                                           float (&factor)[2]) {
+  float part[2][2];  // of each row two maxima, for the sake of latency
+#pragma unroll
+  for (int i = 0; i < 4; ++i) part[i / 2][i % 2] = s[i];
+#pragma unroll
+  for (int i = 4; i < kN / 2; ++i) part[i / 2 % 2][i % 2] = fmaxf(part[i / 2 % 2][i % 2], s[i]);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float before = state.row_max[half];
+    const float now = quad_max(fmaxf(part[half][0], part[half][1]));
+    const bool grown = (now - before) * scale_log2 > kMaxGrowth;
+    factor[half] = grown ? exp2_approx((before - now) * scale_log2) : 1.0f;
+    state.row_max[half] = grown ? now : before;
+    state.row_sum[half] *= factor[half];
+  }
+  return __any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f);
+}
+
+// The second half, for column groups [kBegin, kEnd) of eight: scores to weights.
+template <int kN, int kBegin, int kEnd>
+__device__ __forceinline__ void exponentiate(SoftmaxState& state, float (&s)[kN / 2], float scale_log2) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float row_max = state.row_max[half];
+    const float offset = row_max == -INFINITY ? 0.0f : row_max * scale_log2;  // a row that sees no key yet
+#pragma unroll
+    for (int i = 2 * kBegin; i < 2 * kEnd; ++i) {
+      float& x = s[i / 2 * 4 + 2 * half + i % 2];
+      x = exp2_approx(fmaf(x, scale_log2, -offset));
+      state.row_sum[half] += x;
+    }
+  }
+}
+
+// Both halves: scores to weights.
 template <int kN>
 __device__ __forceinline__ void update_softmax(SoftmaxState& state, float (&s)[kN / 2], float scale_log2,
                                                float (&factor)[2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float tile_max = fmaxf(s[2 * half], s[2 * half + 1]);
-#pragma unroll
-    for (int j = 1; j < kN / 8; ++j) tile_max = fmaxf(tile_max, fmaxf(s[4 * j + 2 * half], s[4 * j + 2 * half + 1]));
-    const float row_max = fmaxf(state.row_max[half], quad_max(tile_max));
-    const float offset = row_max == -INFINITY ? 0.0f : row_max * scale_log2;  // a row that sees no key yet
-    factor[half] = exp2_approx(state.row_max[half] * scale_log2 - offset);
-    state.row_max[half] = row_max;
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kN / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[4 * j + 2 * half + e];
-        x = exp2_approx(fmaf(x, scale_log2, -offset));
-        sum += x;
-      }
-    }
-    state.row_sum[half] = state.row_sum[half] * factor[half] + sum;
-  }
+  update_max<kN>(state, s, scale_log2, factor);
+  exponentiate<kN, 0, kN / 8>(state, s, scale_log2);
 }
 
 template <typename T, int kN>
@@ -452,21 +505,32 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16]
     p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
 }
 
-// tokens: of the thread's two rows, -1 where there is none. O / row_sum to global memory, 16 bytes a thread: quads
-// transpose 4x4 registers, so that four lanes hold 64 contiguous bytes. A row that comes out with a NaN, but whose weights
-// are none, is computed again.
-template <typename Config>
-__device__ __forceinline__ void store_output(const ForwardParams& params, const SoftmaxState& state,
-                                             const float (&o)[Config::kDim / 2], const int32_t (&tokens)[2], int32_t head,
-                                             int lane) {
-  using T = typename Config::T;
-  const int q = lane % 4;
-  uint32_t nan_rows[2];
+// Ends the softmax of a thread's two rows: lse to global memory; inverse: what the outputs are to be multiplied with.
+// tokens: of the rows, -1 where there is none.
+__device__ __forceinline__ void finish_softmax(const ForwardParams& params, const SoftmaxState& state,
+                                               const int32_t (&tokens)[2], int32_t head, int lane, float (&inverse)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = quad_sum(state.row_sum[half]);
+    inverse[half] = __fdividef(1.0f, sum);
+    if (tokens[half] >= 0 && lane % 4 == 0 && params.lse != nullptr) {
+      params.lse[int64_t(tokens[half]) * params.heads.divisor + head] = state.row_max[half] * params.scale + __logf(sum);
+    }
+  }
+}
+
+// O * inverse to global memory, 16 bytes a thread: quads transpose 4x4 registers, so that four lanes hold 64 contiguous
+// bytes. nan: of each half a ballot of the rows that
+// come out with a NaN, but whose weights are none: they are to be computed again.
+template <typename Config>
+__device__ __forceinline__ void store_output(const ForwardParams& params, const float (&o)[Config::kDim / 2],
+                                             const float (&inverse)[2], const int32_t (&tokens)[2], int32_t head, int lane,
+                                             uint32_t (&nan)[2]) {
+  using T = typename Config::T;
+  const int q = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     uint32_t kept = 0;
-    const float inverse = 1.0f / sum;
     const int32_t token = tokens[half];
     const int64_t row = int64_t(token) * params.heads.divisor + head;
     T* const out = static_cast<T*>(params.out) + row * Config::kDim;
@@ -476,7 +540,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (4 * block + i) + 2 * half;
-        r[i] = sm90::pack_pair<T>(o[at] * inverse, o[at + 1] * inverse);
+        r[i] = sm90::pack_pair<T>(o[at] * inverse[half], o[at + 1] * inverse[half]);
         kept = keep_nan<T>(kept, r[i]);
       }
       // After both exchanges lane q holds what lanes 0..3 had in r[q].
@@ -506,13 +570,38 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
         r[3] = got;
       if (token >= 0) *reinterpret_cast<uint4*>(out + 32 * block + 8 * q) = make_uint4(r[0], r[1], r[2], r[3]);
     }
-    if (token >= 0 && q == 0 && params.lse != nullptr) {
-      params.lse[row] = state.row_max[half] * params.scale + __logf(sum);
-    }
-    nan_rows[half] = __ballot_sync(~0u, token >= 0 && kept_nan<T>(kept) && !isnan(sum));
+    nan[half] = __ballot_sync(~0u, token >= 0 && kept_nan<T>(kept) && !isnan(inverse[half]));
   }
-  if ((nan_rows[0] | nan_rows[1]) != 0) {
-    recompute_out_rows<T>(params.rows, make_int2(tokens[0], tokens[1]), head, nan_rows[0], nan_rows[1]);
+}
+
+// By a warp, when all its query tiles are done: computes its rows with a NaN again. A call of a function inside the loop
+// over the tiles would cost the loop its registers, so the rows are not remembered but looked for, and only if there was
+// one.
+template <typename Config>
+__device__ __noinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, int ring) {
+  using T = typename Config::T;
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+  for (int index = blockIdx.x * Config::kRings + ring; index < params.num_items; index += gridDim.x * Config::kRings) {
+    ItemInfo item;
+    bool exists = true;
+    for (int a = 0; a < kMaxRank; ++a) {
+      const ItemPlace place = item_place(params, index, a);
+      item.group[a] = group_axis(params.axis[a], shard_of_axis(params, a), place.residue, params.groups[a]);
+      item.first[a] = place.tile * params.unit[a] * params.grid[a];
+      item.head = place.head;
+      item.batch = place.batch;
+      exists = exists && item.first[a] < item.group[a].q_count;
+    }
+    for (int i = 0; exists && i < 16; ++i) {
+      const int32_t token = describe_row(params, item, row_offset[i]).token;
+      if (token < 0) continue;
+      const int64_t row = int64_t(token) * params.heads.divisor + item.head;
+      bool nan = false;
+      for (int d = lane; d < Config::kDim; d += 32)
+        nan |= isnan(float(static_cast<const T*>(params.out)[row * Config::kDim + d]));
+      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, row);
+    }
   }
 }
 
@@ -522,178 +611,231 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   using T = typename Config::T;
   constexpr int kN = Config::kN, kDim = Config::kDim;
   constexpr int kWords = ColumnMask<kN>::kWords;
+  constexpr int kRows = Config::kRingConsumers * Config::kM;
   const int ring = Config::kShared ? 0 : wg;
   const int member = Config::kShared ? wg : 0;  // of the ring's consumers
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const float scale_log2 = params.scale * 1.4426950408889634f;
   const int32_t kv_box[kMaxRank] = {params.kv_box[0], params.kv_box[1], params.kv_box[2]};
   auto& record = smem.record;
-  RowInfo* const warp_rows = &record.row[ring][0][64 * member + 16 * warp];
-  const RowInfo* const rows = warp_rows + lane / 4;  // of this thread: 0 and 8
+  // The rows of this warp, and of this thread (0 and 8): of the query tile of the last product, other_rows apart from those
+  // of the one before.
+  RowInfo* warp_rows = &record.row[ring][0][64 * member + 16 * warp];
+  ptrdiff_t other_rows = kRows;
+  if (lane < 16) warp_rows[lane].token = warp_rows[lane + kRows].token = -1;
+  __syncwarp();
 
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kStages> k_at, v_at;
+  int ahead = 0;       // the keys at k_at belong to the tile so many after the values at v_at
+  int left = 0;        // key tiles of the query tile still to be taken; < 0: no more query tiles
+  bool first = false;  // no product yet with the query tile
   const auto arrive = [lane](uint64_t* barrier) {
     if (lane == 0) mbarrier_arrive(barrier);
   };
-
-  if (Config::kTakeTurns && wg == Config::kConsumers - 1) named_barrier_arrive(1, 256);  // the first turn is consumer 0's
-  for (;;) {
-    mbarrier_wait(&record.q_full[ring][q_at.slot], q_at.parity);
-    const ItemInfo& item = record.item[ring][q_at.slot];
-    const int num_tiles = item.num_tiles;
-    if (num_tiles < 0) break;
-    const int32_t head = item.head;
-    const uint64_t q = descriptor_k_major<Config::kRowBytes>(smem_address(smem.q[wg][q_at.slot]));
-
-    int k_tile = 0, v_tile = 0;  // of the item: the next ones to take from the rings
-    const auto release_k = [&]() {
-      arrive(&record.k_empty[ring][k_at.slot]);
-      k_at.advance();
-      ++k_tile;
-    };
-    const auto release_v = [&]() {
-      arrive(&record.v_empty[ring][v_at.slot]);
-      v_at.advance();
-      ++v_tile;
-    };
-    // Gives back the values of tiles that were passed over.
-    const auto drain_v = [&](int end) {
-      while (v_tile < end) {
-        mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
-        release_v();
+  const auto release_k = [&]() {
+    arrive(&record.k_empty[ring][k_at.slot]);
+    k_at.advance();
+    ++ahead;
+    if (--left == 0) {  // the last product with Q is done: the next queries may come
+      arrive(&record.q_empty[ring][q_at.slot]);
+      q_at.advance();
+    }
+  };
+  const auto release_v = [&]() {
+    arrive(&record.v_empty[ring][v_at.slot]);
+    v_at.advance();
+    --ahead;
+  };
+  // Gives back the values of tiles that were passed over, until `keep` tiles are left.
+  const auto drain_v = [&](int keep) {
+    while (ahead > keep) {
+      mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
+      release_v();
+    }
+  };
+  // Every consumer takes one turn per tile, also at those it passes over: the token then goes round without counting.
+  const auto await_turn = [&]() {
+    if (Config::kShared && params.take_turns) named_barrier_sync(1 + wg, 256);
+  };
+  const auto pass_turn = [&]() {
+    if (Config::kShared && params.take_turns) named_barrier_arrive(1 + (wg + 1 == Config::kConsumers ? 0 : wg + 1), 256);
+  };
+  // Passes over tiles outside this warpgroup's windows, and from one query tile to the next. True if there is another one,
+  // now loaded, at k_at; false if there is none, or none that can be waited for while values are held (`pending`).
+  const auto find_tile = [&](bool pending) {
+    for (;;) {
+      if (pending && ahead > Config::kStages) return false;  // the producer can get no further
+      if (!pending) drain_v(0);
+      if (left == 0) {
+        mbarrier_wait(&record.q_full[ring][q_at.slot], q_at.parity);
+        left = __shfl_sync(~0u, record.item[ring][q_at.slot].num_tiles, 0);
+        first = true;
       }
-    };
-    // Every consumer takes one turn per tile, also at those it passes over: the token then goes round without counting.
-    const auto await_turn = [&]() {
-      if constexpr (Config::kTakeTurns) named_barrier_sync(1 + wg, 256);
-    };
-    const auto pass_turn = [&]() {
-      if constexpr (Config::kTakeTurns) named_barrier_arrive(1 + (wg + 1 == Config::kConsumers ? 0 : wg + 1), 256);
-    };
-    // Passes over tiles outside this warpgroup's windows, up to tile `end`. True if there is another one, now loaded, at
-    // k_at.
-    const auto find_tile = [&](int end, bool values_too) {
-      while (k_tile < end) {
-        if (values_too) drain_v(k_tile);
-        mbarrier_wait(&record.k_full[ring][k_at.slot], k_at.parity);
-        if ((record.tile[ring][k_at.slot].classes >> (2 * member)) & kInside) return true;
-        release_k();
-        await_turn();
-        pass_turn();
-      }
-      return false;
-    };
-    // Windows and tokens of the warp's rows, by its first lanes.
-    const auto describe_rows = [&]() {
-      __syncwarp();  // the previous item's reads
-      if (lane < 16) warp_rows[lane] = describe_row(params, item, record.row_offset[64 * member + 16 * warp + lane]);
-      __syncwarp();
-    };
-    // Masks of the thread's rows for the tile at k_at; false if all rows of the warp see every key. The part of the outer
-    // axes is kept, since tiles vary fastest along the innermost.
-    uint32_t mask[2][kWords], outer_mask[2][kWords];
-    int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
-    const auto read_mask = [&]() {
-      const TileInfo tile = record.tile[ring][k_at.slot];
-      if ((tile.classes >> (2 * member)) & kFull) return false;
-      const int quad = lane % 4;
-      if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) outer_mask[half][w] = ~0u;
-          smem.mask.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
-          smem.mask.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
-        }
-        outer_begin[0] = tile.begin[0];
-        outer_begin[1] = tile.begin[1];
-      }
-      bool all = true;
+      if (left < 0) return false;
+      mbarrier_wait(&record.k_full[ring][k_at.slot], k_at.parity);
+      if ((__shfl_sync(~0u, record.tile[ring][k_at.slot].classes, 0) >> (2 * member)) & kInside) return true;
+      release_k();
+      await_turn();
+      pass_turn();
+    }
+  };
+  const auto last_rows = [&]() { return warp_rows + other_rows + lane / 4; };  // of this thread
+  // Windows and tokens of the warp's rows, by its first lanes.
+  const auto describe_rows = [&]() {
+    warp_rows += other_rows;
+    other_rows = -other_rows;
+    __syncwarp();  // the reads of two query tiles ago
+    if (lane < 16) {
+      warp_rows[lane] =
+          describe_row(params, record.item[ring][q_at.slot], record.row_offset[64 * member + 16 * warp + lane]);
+    }
+    __syncwarp();
+  };
+  // Masks of the thread's rows for the tile at k_at; false if all rows of the warp see every key. The part of the outer
+  // axes is kept, since tiles vary fastest along the innermost.
+  uint32_t mask[2][kWords], outer_mask[2][kWords];
+  int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
+  const auto read_mask = [&]() {
+    const TileInfo tile = record.tile[ring][k_at.slot];
+    if ((tile.classes >> (2 * member)) & kFull) return false;
+    const int quad = lane % 4;
+    const RowInfo* const rows = warp_rows + lane / 4;
+    if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) mask[half][w] = outer_mask[half][w];
-        smem.mask.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
+        for (int w = 0; w < kWords; ++w) outer_mask[half][w] = ~0u;
+        smem.mask.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
+        smem.mask.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
       }
-      return __any_sync(~0u, !all) != 0;
-    };
-    const auto k_descriptor = [&]() {
-      return descriptor_k_major<Config::kRowBytes>(smem_address(smem.k[ring][k_at.slot]));
-    };
-    const auto v_descriptor = [&]() {
-      return descriptor_mn_major<Config::kRowBytes>(smem_address(smem.v[ring][v_at.slot]),
-                                                    16 * Config::kSteps * Config::kRowBytes);
-    };
+      outer_begin[0] = tile.begin[0];
+      outer_begin[1] = tile.begin[1];
+    }
+    bool all = true;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) mask[half][w] = outer_mask[half][w];
+      smem.mask.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
+    }
+    return __any_sync(~0u, !all) != 0;
+  };
 
-    SoftmaxState state;
-    float o[kDim / 2];
+  SoftmaxState state;
+  bool nan_seen = false;
+  float o[kDim / 2];
 #pragma unroll
-    for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
-    bool any = false, q_released = false;
-    while (find_tile(num_tiles, true)) {
-      uint32_t p[Config::kSteps][4];
-      int p_tile = k_tile;  // whose probabilities p holds
-      {
-        float s[kN / 2];
-        float factor[2];
-        await_turn();
-        multiply_qk<Config>(s, q, k_descriptor());
-        pass_turn();
-        if (!any) describe_rows();
-        any = true;
-        const bool masked = read_mask();
-        wgmma_wait<0>();
-        pin_registers(s);
-        release_k();
-        if (masked) apply_mask<kN>(s, mask);
-        update_softmax<kN>(state, s, scale_log2, factor);
+  for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
+  const auto multiply_keys = [&](float (&s)[kN / 2]) {
+    multiply_qk<Config>(s, descriptor_k_major<Config::kRowBytes>(smem_address(smem.q[wg][q_at.slot])),
+                        descriptor_k_major<Config::kRowBytes>(smem_address(smem.k[ring][k_at.slot])));
+  };
+  const auto multiply_values = [&](uint32_t (&p)[Config::kSteps][4]) {
+    mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
+    multiply_pv<Config>(o, p,
+                        descriptor_mn_major<Config::kRowBytes>(smem_address(smem.v[ring][v_at.slot]),
+                                                               16 * Config::kSteps * Config::kRowBytes));
+  };
+  // What can be done before the scores are there.
+  const auto prepare = [&]() {
+    if (first) {
+      describe_rows();
+      outer_begin[0] = outer_begin[1] = INT32_MIN;
+    }
+    return read_mask();
+  };
+  const auto finish = [&](const RowInfo* rows, float (&inverse)[2]) {
+    finish_softmax(params, state, {rows[0].token, rows[8].token}, rows[0].head, lane, inverse);
+  };
+  const auto store = [&](const RowInfo* rows, const float (&inverse)[2]) {
+    uint32_t nan[2];
+    store_output<Config>(params, o, inverse, {rows[0].token, rows[8].token}, rows[0].head, lane, nan);
+    nan_seen |= (nan[0] | nan[1]) != 0;
+  };
+  // The rows' maxima. True if the outputs have to be multiplied with factor, or, if `first`, leave.
+  const auto begin_softmax = [&](float (&s)[kN / 2], bool masked, float (&factor)[2]) {
+    pin_registers(s);
+    release_k();
+    if (masked) apply_mask<kN>(s, mask);
+    float inverse[2];
+    if (first) {
+      finish(last_rows(), inverse);
+      state = SoftmaxState();
+    }
+    const bool rescale = update_max<kN>(state, s, scale_log2, factor);
+    if (first) {
+      factor[0] = inverse[0];
+      factor[1] = inverse[1];
+    }
+    return rescale | first;
+  };
+  const auto settle_output = [&](const float (&factor)[2]) {
+    if (first) {
+      store(last_rows(), factor);
+      first = false;
 #pragma unroll
-        for (int i = 0; i < kDim / 2; ++i) o[i] *= factor[i / 2 % 2];
-        pack_probabilities<T, kN>(p, s);
-      }
-      // While the values of p_tile are held, the producer can get as far as the keys of p_tile + kStages.
-      while (find_tile(min(num_tiles, p_tile + Config::kStages + 1), false)) {
-        float s[kN / 2];
-        float factor[2];
-        const int s_tile = k_tile;
-        await_turn();
-        multiply_qk<Config>(s, q, k_descriptor());
-        mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
-        multiply_pv<Config>(o, p, v_descriptor());
-        pass_turn();
-        const bool masked = read_mask();
-        wgmma_wait<1>();
-        pin_registers(s);
-        release_k();
-        if (masked) apply_mask<kN>(s, mask);
-        update_softmax<kN>(state, s, scale_log2, factor);
+      for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) o[i] *= factor[i / 2 % 2];
+    }
+  };
+
+  if (Config::kShared && params.take_turns && wg == Config::kConsumers - 1)
+    named_barrier_arrive(1, 256);  // the first turn is consumer 0's
+  while (find_tile(false)) {
+    uint32_t p[Config::kSteps][4];
+    {
+      float s[kN / 2];
+      float factor[2];
+      await_turn();
+      multiply_keys(s);
+      pass_turn();
+      const bool masked = prepare();
+      wgmma_wait<0>();
+      if (begin_softmax(s, masked, factor)) settle_output(factor);
+      exponentiate<kN, 0, kN / 8>(state, s, scale_log2);
+      pack_probabilities<T, kN>(p, s);
+    }
+    while (find_tile(true)) {
+      float s[kN / 2];
+      float factor[2];
+      await_turn();
+      multiply_keys(s);
+      multiply_values(p);
+      pass_turn();
+      const bool masked = prepare();
+      wgmma_wait<1>();
+      bool rescale = begin_softmax(s, masked, factor);
+      // The product of the values runs on under the maxima and kEarly of the exponentials. The sums are in the condition
+      // because the compiler would otherwise move these behind the branch.
+      constexpr int kEarly = Config::kEarlyGroups;
+      exponentiate<kN, 0, kEarly>(state, s, scale_log2);
+      if (kEarly > 0) rescale |= !(state.row_sum[0] + state.row_sum[1] >= 0.0f);
+      if (rescale) {
         wgmma_wait<0>();
         pin_registers(o);
-        release_v();
-#pragma unroll
-        for (int i = 0; i < kDim / 2; ++i) o[i] *= factor[i / 2 % 2];
-        pack_probabilities<T, kN>(p, s);
-        drain_v(s_tile);  // or the producer could not get to the keys of s_tile + kStages
-        p_tile = s_tile;
+        settle_output(factor);
       }
-      if (k_tile == num_tiles) {  // the last product with Q is done: the next queries may come
-        arrive(&record.q_empty[ring][q_at.slot]);
-        q_released = true;
-      }
-      mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
-      multiply_pv<Config>(o, p, v_descriptor());
       wgmma_wait<0>();
       pin_registers(o);
       release_v();
+      drain_v(1);  // or the producer could not get kStages further than the tile of p
+      exponentiate<kN, kEarly, kN / 8>(state, s, scale_log2);
+      pack_probabilities<T, kN>(p, s);
     }
-    if (!q_released) arrive(&record.q_empty[ring][q_at.slot]);
-    q_at.advance();
-    drain_v(num_tiles);
-    if (any) store_output<Config>(params, state, o, {rows[0].token, rows[8].token}, head, lane);
+    multiply_values(p);
+    wgmma_wait<0>();
+    pin_registers(o);
+    release_v();
   }
+  float inverse[2];
+  finish(warp_rows + lane / 4, inverse);
+  store(warp_rows + lane / 4, inverse);
+  if (nan_seen) recompute_nan_rows<Config>(params, &record.row_offset[64 * member + 16 * warp], ring);
 }
 
 // ---- kernel ----

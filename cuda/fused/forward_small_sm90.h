@@ -227,7 +227,15 @@ __device__ __forceinline__ void consume_small(const ForwardParams& params, Small
     __syncwarp();
     if (lane == 0) mbarrier_arrive(&record.q_empty[0][q_at.slot]);
     q_at.advance();
-    if (has_rows) store_output<Config>(params, state, o, tokens, head, lane);
+    if (has_rows) {
+      float inverse[2];
+      finish_softmax(params, state, tokens, head, lane, inverse);
+      uint32_t nan[2];
+      store_output<Config>(params, o, inverse, tokens, head, lane, nan);
+      if ((nan[0] | nan[1]) != 0) {
+        recompute_out_rows<typename Config::T>(params.rows, make_int2(tokens[0], tokens[1]), head, nan[0], nan[1]);
+      }
+    }
   }
 }
 

@@ -101,6 +101,7 @@ constexpr double kTileOverhead = 16;     // per key tile: barriers, row maximum,
 constexpr double kMaskShare = 0.45;      // of a tile's columns, where a mask is applied
 constexpr double kItemOverhead = 100;    // per query tile: prologue and epilogue
 constexpr double kWarpColumnCost = 2.2;  // a column of mma.sync, masked, against one of wgmma, not masked
+constexpr double kTurnShare = 0.86;      // of its consumers use a key tile: below, turns cost more than they gain
 constexpr double kLoadShare = 1.33;      // loading a column from L2, against multiplying it with 64 rows
 
 double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const int32_t (&kv_box)[kMaxRank],
@@ -214,13 +215,17 @@ ForwardPlan search(const Problem& problem) {
   return best;
 }
 
-// What follows from the boxes: the keys of a warp.
+// What follows from the boxes: the keys of a warp, the turns.
 void complete(const Problem& problem, ForwardPlan* plan) {
   if (plan->kernel < 0) return;
+  double used = 1, consumers = 1;  // consumers that multiply with a key tile, on average; all of them
   for (int a = 0; a < kMaxRank; ++a) {
     const AxisCost cost = axis_cost(problem.axis[a], problem.sharded != 0, plan->unit[a], plan->grid[a], plan->kv_box[a]);
     plan->warp_keys[a] = std::min(plan->kv_box[a], cost.widest);
+    used *= cost.visits / cost.loads;
+    consumers *= plan->grid[a];
   }
+  plan->take_turns = problem.dim <= 64 && used >= kTurnShare * consumers;
 }
 
 // For a plan completed: within the limits of its kernel.

@@ -49,6 +49,7 @@ struct ForwardPlan {
   int32_t unit[kMaxRank] = {1, 1, 1};       // queries of one consumer per axis, group coordinates
   int32_t grid[kMaxRank] = {1, 1, 1};       // consumers of a query tile per axis; a shared kernel splits one axis
   int32_t kv_box[kMaxRank] = {1, 1, 1};     // keys of a tile
+  bool take_turns = true;                   // at the tensor cores: forward_sm90.h
   int32_t warp_keys[kMaxRank] = {1, 1, 1};  // kWarps: keys of a tile that one consumer multiplies with, at most
   // Of one batch entry and head, predicted:
   double cost = 0;     // key columns of 64 rows

@@ -50,7 +50,12 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t address, uint32
 
 // The descriptor `bytes` further (a multiple of 16, no carry out of the address field).
 __device__ __forceinline__ uint64_t descriptor_advance(uint64_t descriptor, uint32_t bytes) {
-  return descriptor + (bytes >> 4);
+  return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
+}
+
+// The same descriptor, known to be the same in all lanes: its arithmetic then stays in uniform registers.
+__device__ __forceinline__ uint64_t descriptor_uniform(uint64_t descriptor) {
+  return (descriptor & 0xFFFFFFFF00000000) | __shfl_sync(~0u, uint32_t(descriptor), 0);
 }
 
 // ---- ordering ----
