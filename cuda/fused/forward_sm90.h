@@ -576,9 +576,10 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 
 // By a warp, when all its query tiles are done: computes its rows with a NaN again. A call of a function inside the loop
 // over the tiles would cost the loop its registers, so the rows are not remembered but looked for, and only if there was
-// one.
+// one. PERF: all of it inlined. A kernel that has a call takes 2 to 3 us longer for every query tile, even if it is never
+// made (H200: 1d-16k-w512 0.508 to 0.598 ms, causal D 128 0.493 to 0.531).
 template <typename Config>
-__device__ __noinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, int ring) {
+__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, int ring) {
   using T = typename Config::T;
   const int lane = threadIdx.x % 32;
   __syncwarp();
@@ -600,7 +601,7 @@ __device__ __noinline__ void recompute_nan_rows(const ForwardParams& params, con
       bool nan = false;
       for (int d = lane; d < Config::kDim; d += 32)
         nan |= isnan(float(static_cast<const T*>(params.out)[row * Config::kDim + d]));
-      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, row);
+      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, token, item.head);
     }
   }
 }

@@ -2,8 +2,8 @@
 // token that they do not see. A matrix product multiplies such a token by a zero weight, and 0 * NaN is NaN; here it is
 // never read. So a row that comes out with a NaN is computed again from what it sees, unless that is NaN by itself.
 //
-// Lane l holds elements l, l + 32, ... of a head dimension. Nothing here is inlined: the kernels keep
-// their registers.
+// Lane l holds elements l, l + 32, ... of a head dimension. Within loops nothing here is inlined: the kernels keep their
+// registers. After the loop of a `wgmma` kernel all of it has to be, see recompute_nan_rows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -69,13 +69,17 @@ struct RowWindow {
   TokenWindow seen[kMaxRank];
 
   // row: in [batch, axes, heads] of its side.
-  __device__ RowWindow(const RowProblem& p, int64_t row) {
+  __device__ RowWindow(const RowProblem& p, int64_t row)
+      : RowWindow(p, row / (kSide == Side::kQueries ? p.heads : p.kv_heads),
+                  int32_t(row % (kSide == Side::kQueries ? p.heads : p.kv_heads))) {}
+
+  // row: in [batch, axes] of its side; an Index of 32 bits needs no call for a division.
+  template <typename Index>
+  __device__ __forceinline__ RowWindow(const RowProblem& p, Index row, int32_t head) : head(head) {
     constexpr bool kQueryRows = kSide == Side::kQueries;
-    const int32_t heads = kQueryRows ? p.heads : p.kv_heads;
-    head = int32_t(row % heads);
-    row /= heads;
     token = 0;
-    int64_t stride = 1;
+    Index stride = 1;
+#pragma unroll
     for (int a = kMaxRank - 1; a >= 0; --a) {
       const Axis& axis = p.axis[a];
       const int32_t length = kQueryRows ? axis.q_len : axis.kv_len;
@@ -92,7 +96,7 @@ struct RowWindow {
 
   // visit(token of the other side) until it returns false.
   template <typename Visit>
-  __device__ void for_each(const RowProblem& p, Visit visit) const {
+  __device__ __forceinline__ void for_each(const RowProblem& p, Visit visit) const {
     constexpr bool kQueryRows = kSide == Side::kQueries;
     const int32_t length1 = kQueryRows ? p.axis[1].kv_len : p.axis[1].q_len;
     const int32_t length2 = kQueryRows ? p.axis[2].kv_len : p.axis[2].q_len;
@@ -161,10 +165,11 @@ using BackwardVector = LaneVector<4>;  // head dimensions up to 128
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// out of a query. Its lse depends on no product with a hidden value, and stays.
+// out of a query, token of [batch, axes]. Its lse depends on no product with a hidden value, and stays.
 template <typename T>
-__device__ void recompute_out(const RowProblem& p, int64_t row) {
-  const RowWindow<Side::kQueries> window(p, row);
+__device__ __forceinline__ void recompute_out(const RowProblem& p, int32_t query_token, int32_t head) {
+  const RowWindow<Side::kQueries> window(p, uint32_t(query_token), head);
+  const int64_t row = int64_t(query_token) * p.heads + head;
   const int64_t kv_tokens = int64_t(p.axis[0].kv_len) * p.axis[1].kv_len * p.axis[2].kv_len;
   const int32_t kv_head = window.head / (p.heads / p.kv_heads);
   const ForwardVector query = ForwardVector::load<T>(p.query, row, p.dim);
@@ -181,7 +186,7 @@ __device__ void recompute_out(const RowProblem& p, int64_t row) {
     out.add(weight, ForwardVector::load<T>(p.value, at, p.dim));
     return !out.all_nan(p.dim);
   });
-  out.store<T>(p.out, row, p.dim, sum == 0.0f ? 0.0f : 1.0f / sum);
+  out.store<T>(p.out, row, p.dim, sum == 0.0f ? 0.0f : __fdividef(1.0f, sum));
 }
 
 // By all lanes of a warp, after its own stores. nan: of this lane's two rows, tokens of [batch, axes]; four lanes share
@@ -194,7 +199,7 @@ __device__ __noinline__ void recompute_out_rows(const RowProblem& p, int2 tokens
     uint32_t nan = half == 0 ? nan0 : nan1;
     while (nan != 0) {
       const int lane = __ffs(nan) - 1;
-      recompute_out<T>(p, int64_t(__shfl_sync(~0u, half == 0 ? tokens.x : tokens.y, lane)) * p.heads + head);
+      recompute_out<T>(p, __shfl_sync(~0u, half == 0 ? tokens.x : tokens.y, lane), head);
       nan &= ~(15u << (lane & ~3));
     }
   }
