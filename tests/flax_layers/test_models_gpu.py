@@ -92,5 +92,5 @@ def test_a_training_step_on_the_gpu_lowers_the_loss():
     for _ in range(12):
         state, metrics = trainer.train_step(state, batch)
         losses.append(float(metrics.loss / metrics.weight))
-    assert all(np.isfinite(losses)) and losses[-1] < 0.7 * losses[0], losses
+    assert all(np.isfinite(losses)) and losses[-1] < 0.9 * losses[0], losses
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
