@@ -34,6 +34,12 @@ WORKER_XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=fals
 Row = tuple[int, str, float, str]
 
 
+def round_to_tf32(array: Any) -> Any:
+    """Round float32 to the 10 bits of mantissa that tensor cores read."""
+    bits = np.asarray(array, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
 def check_range(implementation: str, seeds: range) -> tuple[list[Row], dict[str, float]]:
     """(seed, dtype, worst error or infinity, what) of each problem that the implementation serves, and seconds by part."""
     import jax
@@ -43,7 +49,7 @@ def check_range(implementation: str, seeds: range) -> tuple[list[Row], dict[str,
     from jax_na._spec import Inputs
     from jax_na.testing import oracle
     from jax_na.testing.cases import random_case
-    from jax_na.testing.numerics import relative_error, round_to_tf32
+    from jax_na.testing.numerics import relative_error
 
     seconds: dict[str, float] = collections.defaultdict(float)
 

@@ -1,8 +1,12 @@
 """Eight CPU devices, so that sharding is tested everywhere; skips for machines without a GPU."""
 
+import ctypes
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -40,3 +44,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         needed = 2 if "multi_gpu" in item.keywords else 1 if {"gpu", "sm90"} & set(item.keywords) else 0
         if needed > available:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), JAX sees {available}"))
+
+
+@pytest.fixture(scope="module")
+def compile_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """``compile_library(*sources, flags=())``: host C++, paths from the root of the checkout, with ``cuda/`` to include from."""
+
+    def compile_library(*sources: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+        compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            pytest.skip("no C++ compiler")
+        target = tmp_path_factory.mktemp("library") / "library.so"
+        command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", *flags, "-Icuda", *sources, "-o", str(target)]
+        subprocess.run(command, check=True, cwd=pathlib.Path(__file__).resolve().parent.parent)
+        return ctypes.CDLL(str(target))
+
+    return compile_library

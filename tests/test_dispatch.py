@@ -4,11 +4,7 @@ No machine at hand has such a pair, so ``cuda/ffi/dispatch.cc`` runs here over p
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +13,14 @@ import pytest
 from jax_na import _cuda
 from jax_na._spec import Inputs, make_spec
 
-ROOT = Path(__file__).resolve().parent.parent
 EVERY = b"hopper,fused,naive"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("dispatch") / "dispatch.so"
-    folders = [ROOT / "tests" / "fake_cuda", ROOT / "cuda", ROOT / "cuda" / "common"]
+def library(compile_library):
     families = [f"-DJAX_NA_WITH_{name}" for name in ("HOPPER", "FUSED", "NAIVE")]
-    sources = [ROOT / "tests" / "dispatch.cpp", ROOT / "cuda" / "ffi" / "dispatch.cc"]
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", *families, *(f"-I{folder}" for folder in folders), *sources]
-    subprocess.run([*command, "-o", target], check=True)
-    loaded = ctypes.CDLL(str(target))
+    flags = (*families, "-Itests/fake_cuda", "-Icuda/common")
+    loaded = compile_library("tests/dispatch.cpp", "cuda/ffi/dispatch.cc", flags=flags)
     loaded.serve.restype = ctypes.c_char_p
     loaded.serve.argtypes = [ctypes.c_int, ctypes.c_char_p]
     return loaded

@@ -2,10 +2,6 @@
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +11,10 @@ import pytest
 from jax_na import _cuda
 from jax_na._spec import Inputs, make_spec
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("fused_host") / "fused_host.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'cuda'}", ROOT / "tests/fused_host.cpp"]
-    subprocess.run([*command, "-o", target], check=True)
-    loaded = ctypes.CDLL(str(target))
+def library(compile_library):
+    loaded = compile_library("tests/fused_host.cpp")
     loaded.workspace_bytes.restype = ctypes.c_int64
     loaded.choose_tile.restype = ctypes.c_double
     return loaded

@@ -1,11 +1,7 @@
 """The tile plan and the geometry of the Hopper kernels: what the kernels rely on, checked on the host."""
 
 import ctypes
-import os
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,23 +9,14 @@ import pytest
 from jax_na._spatial import halo_widths
 from jax_na._window import window_bounds
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("hopper_plan") / "hopper_plan.so"
-    sources = [ROOT / "tests" / "hopper_plan.cpp", ROOT / "cuda" / "fused" / "plan_sm90.cc"]
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'cuda'}", *sources, "-o", target]
-    subprocess.run(command, check=True)
-    result = ctypes.CDLL(str(target))
-    result.plan_shard.restype = ctypes.c_double
+def library(compile_library):
+    loaded = compile_library("tests/hopper_plan.cpp", "cuda/fused/plan_sm90.cc")
+    loaded.plan_shard.restype = ctypes.c_double
     for name in ("check_plan", "check_group_axis", "check_fast_divisor"):
-        getattr(result, name).restype = ctypes.c_char_p
-    return result
+        getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
 
 
 def plan_error(library, axes, dim, heads=2):

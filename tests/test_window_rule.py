@@ -1,30 +1,18 @@
 """The window rule in C++ (host and device) against the one in Python, exhaustively, and its inverse."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jax_na._window import group_length, visible, window_bounds
 
-ROOT = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 24
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    target = tmp_path_factory.mktemp("window_rule") / "window_rule.so"
-    source = ROOT / "tests" / "window_rule.cpp"
-    include = ROOT / "cuda" / "common"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{include}", source, "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+def library(compile_library):
+    return compile_library("tests/window_rule.cpp", flags=("-Icuda/common",))
 
 
 def cpp_bounds(library, length, window, stride, causal):

@@ -27,12 +27,6 @@ def relative_error(actual: Array, expected: Array) -> float:
     return float(difference.max(initial=0.0) / max(scale, 1e-3))
 
 
-def round_to_tf32(array: Any) -> Any:
-    """Round float32 to the 10 bits of mantissa that tensor cores read."""
-    bits = np.asarray(array, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
 def same_precision(
     spec: Spec, inputs: Inputs, halo: Array, grad_out: Array, grad_lse: Array
 ) -> tuple[tuple[Array, Array], Inputs]:
