@@ -45,28 +45,44 @@ PROBLEMS = {
     )
 }
 
-# Rows the kernels were not tuned on: other sizes and windows, odd ones. Two beside each of some rows above.
+# Rows the kernels were not tuned on: other sizes and windows, odd ones. Two beside each row above.
 NEIGHBOURS = {
     case.name: case
     for case in (
         _case("1d-32k-w2k-d128:a", 1, (30011,), 24, 128, 1777),
         _case("1d-32k-w2k-d128:b", 1, (40000,), 20, 128, 1500),
+        _case("1d-16k-w512-d64:a", 4, (15013,), 16, 64, 447),
+        _case("1d-16k-w512-d64:b", 4, (20000,), 12, 64, 601),
         _case("2d-flux4k-d128:a", 1, (231, 250), 24, 128, (71, 90)),
         _case("2d-flux4k-d128:b", 1, (192, 320), 24, 128, (63, 101)),
         _case("2d-128-w32-d64:a", 4, (119, 131), 16, 64, (29, 37)),
         _case("2d-128-w32-d64:b", 4, (144, 112), 16, 64, (24, 41)),
+        _case("2d-128-w32-dil4-d64:a", 4, (124, 132), 16, 64, (29, 33), dilation=4),
+        _case("2d-128-w32-dil4-d64:b", 4, (160, 128), 16, 64, (27, 29), dilation=(5, 4)),
         _case("3d-hunyuan-d128:a", 1, (27, 45, 77), 24, 128, (15, 21, 27)),
         _case("3d-hunyuan-d128:b", 1, (33, 44, 80), 24, 128, (21, 17, 25)),
         _case("3d-cogvideo-d64:a", 1, (13, 29, 47), 48, 64, (7, 15, 19)),
         _case("3d-cogvideo-d64:b", 1, (10, 32, 48), 48, 64, (9, 13, 13)),
         _case("2d-nat-s1-d32:a", 128, (55, 57), 2, 32, 7),
         _case("2d-nat-s1-d32:b", 128, (48, 48), 3, 32, 9),
+        _case("2d-nat-s1-dil8-d32:a", 128, (60, 62), 2, 32, 7, dilation=8),
+        _case("2d-nat-s1-dil8-d32:b", 128, (63, 56), 2, 32, (7, 5), dilation=(9, 8)),
         _case("2d-nat-s2-d32:a", 128, (27, 29), 4, 32, 7),
         _case("2d-nat-s2-d32:b", 128, (32, 32), 4, 32, 5),
+        _case("2d-nat-s3-d32:a", 128, (15, 13), 8, 32, 7),
+        _case("2d-nat-s3-d32:b", 128, (16, 16), 8, 32, 5),
+        _case("2d-flux4k-gna-d128:a", 1, (240, 272), 24, 128, (80, 64), stride=16),
+        _case("2d-flux4k-gna-d128:b", 1, (250, 250), 24, 128, 75, stride=15),
+        _case("3d-hunyuan-gna-d128:a", 1, (32, 48, 64), 24, 128, (16, 24, 32), stride=(16, 8, 8)),
+        _case("3d-hunyuan-gna-d128:b", 1, (28, 42, 84), 24, 128, (14, 21, 28), stride=(14, 7, 7)),
         _case("3d-ltx-s5-d64:a", 1, (29, 131, 233), 4, 64, (9, 11, 13)),
         _case("3d-ltx-s5-d64:b", 1, (33, 128, 224), 4, 64, 9),
         _case("3d-ltx-s1-d64:a", 1, (15, 33, 61), 32, 64, (3, 5, 5)),
         _case("3d-ltx-s1-d64:b", 1, (17, 36, 57), 32, 64, (5, 7, 7)),
+        _case("3d-cosmos-d128:a", 1, (24, 45, 77), 16, 128, (24, 13, 21)),
+        _case("3d-cosmos-d128:b", 1, (21, 40, 84), 16, 128, (21, 14, 26)),
+        _case("3d-cosmos-dil-d128:a", 1, (24, 40, 85), 16, 128, (24, 4, 17), dilation=(1, 10, 5)),
+        _case("3d-cosmos-dil-d128:b", 1, (22, 44, 84), 16, 128, (22, 4, 12), dilation=(1, 11, 7)),
     )
 }
 
