@@ -110,18 +110,34 @@ def _head(array: Array, head: int) -> np.ndarray:
     return np.asarray(array[0, ..., head, :]).astype(np.float64)
 
 
-def _seen(case: Case, axis: int) -> np.ndarray:
-    spec, positions = case.spec(), np.arange(case.spatial[axis])
-    return visible(
-        positions,
-        positions,
-        case.spatial[axis],
-        spec.window[axis],
-        spec.stride[axis],
-        spec.dilation[axis],
-        spec.is_causal[axis],
-        np,
+def _seen(case: Case, queries: list[np.ndarray], keys: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """``[queries, keys]`` per axis: which of these coordinates see which."""
+    spec = case.spec()
+    return tuple(
+        visible(
+            queries[axis],
+            keys[axis],
+            length,
+            spec.window[axis],
+            spec.stride[axis],
+            spec.dilation[axis],
+            spec.is_causal[axis],
+            np,
+        )
+        for axis, length in enumerate(case.spatial)
     )
+
+
+def _window(case: Case, token: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Index of the keys that a query sees."""
+    seen = _seen(case, [np.array([x]) for x in token], [np.arange(n) for n in case.spatial])
+    return np.ix_(*(np.flatnonzero(x[0]) for x in seen))
+
+
+def _reach(case: Case, token: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Index of the queries that see a key."""
+    seen = _seen(case, [np.arange(n) for n in case.spatial], [np.array([x]) for x in token])
+    return np.ix_(*(np.flatnonzero(x[:, 0]) for x in seen))
 
 
 def _samples(case: Case, count: int) -> list[tuple[int, ...]]:
@@ -133,10 +149,9 @@ def _samples(case: Case, count: int) -> list[tuple[int, ...]]:
 def sampled_forward_error(case: Case, inputs: Inputs, out: Array, count: int = 64) -> float:
     """Largest error of out over sampled tokens of one head, relative to the largest exact value."""
     query, key, value, actual = (_head(x, -1) for x in (inputs.query, inputs.key, inputs.value, out))
-    rows = [_seen(case, axis) for axis in range(len(case.spatial))]
     exact, got = [], []
     for token in _samples(case, count):
-        window = np.ix_(*(np.flatnonzero(row[x]) for row, x in zip(rows, token, strict=True)))
+        window = _window(case, token)
         k, v = key[window].reshape(-1, case.dim), value[window].reshape(-1, value.shape[-1])
         scores = k @ query[token] * case.spec().scale
         weights = np.exp(scores - scores.max())
@@ -153,16 +168,15 @@ def sampled_backward_error(
     row_lse = np.asarray(lse[0, ..., -1]).astype(np.float64)
     delta = np.sum(o * do, -1)
     actual = [_head(x, -1) for x in grads[:3]]
-    rows = [_seen(case, axis) for axis in range(len(case.spatial))]
     scale, dim, dim_v = case.spec().scale, case.dim, value.shape[-1]
     exact: list[list[np.ndarray]] = [[], [], []]
     tokens = _samples(case, count)
     for token in tokens:
-        window = np.ix_(*(np.flatnonzero(row[x]) for row, x in zip(rows, token, strict=True)))
+        window = _window(case, token)
         k, v = key[window].reshape(-1, dim), value[window].reshape(-1, dim_v)
         weights = np.exp(k @ query[token] * scale - row_lse[token])
         exact[0].append((weights * (v @ do[token] - delta[token])) @ k * scale)
-        reach = np.ix_(*(np.flatnonzero(row[:, x]) for row, x in zip(rows, token, strict=True)))
+        reach = _reach(case, token)
         q, g = query[reach].reshape(-1, dim), do[reach].reshape(-1, dim_v)
         weights = np.exp(q @ key[token] * scale - row_lse[reach].ravel())
         exact[2].append(weights @ g)
