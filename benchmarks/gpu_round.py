@@ -43,15 +43,30 @@ FUZZED = ("cuda_fused", "cuda_hopper", "cuda_gemm")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# Side by side, since a worker that compiles a model for minutes keeps the tests that were dealt to it waiting.
+TEST_PARTS = {
+    "models": ["tests/flax_layers"],
+    "kernels": ["tests", "--ignore=tests/flax_layers"],
+}
+
+
 def run_tests(arguments: list[str]) -> dict[str, Any]:
     """The `gpu` tests, none of which may be skipped."""
-    report = pathlib.Path("gpu_tests.xml").resolve()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", "tests", *arguments]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        parts = list(pool.map(lambda name: run_test_part(name, arguments), TEST_PARTS))
+    total = {key: sum(part[key] for part in parts) for key in ("passed", "failed", "skipped")}
+    return total | {"failures": [name for part in parts for name in part["failures"]]}
+
+
+def run_test_part(name: str, arguments: list[str]) -> dict[str, Any]:
+    report = pathlib.Path(f"gpu_tests_{name}.xml").resolve()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", *TEST_PARTS[name]]
     if importlib.util.find_spec("xdist"):  # compilation by XLA is most of the time
-        command += ["-n", str((os.cpu_count() or 4) // 2), "--dist", "loadgroup"]
+        workers = 3 if name == "models" else max(1, (os.cpu_count() or 4) * 5 // 8)
+        command += ["-n", str(workers), "--dist", "loadgroup"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
-    subprocess.run(command, cwd=ROOT, env=environment)
+    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *arguments], cwd=ROOT, env=environment)
     import xml.etree.ElementTree as ElementTree
 
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -71,17 +86,9 @@ def run_fuzz(implementations: list[str], count: int) -> dict[str, Any]:
     """``count`` random problems per implementation against the numpy oracle: benchmarks/fuzz.py."""
     result = {}
     for name in implementations:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.fuzz",
-            "--implementation",
-            name,
-            "--count",
-            str(count),
-            "--workers",
-            "8",
-        ]
+        workers = str(max(1, (os.cpu_count() or 4) // 4))
+        command = [sys.executable, "-m", "benchmarks.fuzz", "--implementation", name, "--count", str(count)]
+        command += ["--workers", workers]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
         lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
