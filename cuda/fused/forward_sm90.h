@@ -812,10 +812,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       wgmma_wait<1>();
       bool rescale = begin_softmax(s, masked, factor);
       // The product of the values runs on under the maxima and kEarly of the exponentials. The sums are in the condition
-      // because the compiler would otherwise move these behind the branch.
+      // because the compiler would otherwise move these behind the branch. It must be false for every sum there is, a NaN
+      // too: a warp that parts here waits for ever.
       constexpr int kEarly = Config::kEarlyGroups;
       exponentiate<kN, 0, kEarly>(state, s, scale_log2);
-      if (kEarly > 0) rescale |= !(state.row_sum[0] + state.row_sum[1] >= 0.0f);
+      if (kEarly > 0) rescale |= state.row_sum[0] + state.row_sum[1] < 0.0f;
       if (rescale) {
         wgmma_wait<0>();
         pin_registers(o);
