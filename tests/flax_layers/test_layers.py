@@ -24,6 +24,10 @@ def tokens(rank: int, features: int = 16, batch: int = 2, dtype=jnp.float32) -> 
     return jax.random.normal(jax.random.key(1), (batch, *LENGTHS[rank], features), dtype)
 
 
+call = nnx.jit(lambda layer, x: layer(x))  # one program each, instead of one per operation
+
+
+@nnx.jit
 def by_hand(layer: flax_layers.NeighborhoodAttention, x: jax.Array) -> jax.Array:
     """The layer, written out with the reference implementation."""
     h, g, d = layer.num_heads, layer.num_kv_heads, layer.head_dim
@@ -58,7 +62,7 @@ def test_layer_is_the_definition_between_two_projections(geometry, options):
         16, 4, **geometry, **options, bias_init=nnx.initializers.normal(0.5), rngs=nnx.Rngs(0)
     )
     x = tokens(layer.geometry.rank)
-    np.testing.assert_allclose(layer(x), by_hand(layer, x), atol=2e-5)
+    np.testing.assert_allclose(call(layer, x), by_hand(layer, x), atol=2e-5)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=["1d", "2d", "3d"])
@@ -70,7 +74,7 @@ def test_linen_and_nnx_agree(geometry):
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     assert jax.tree.map(jnp.shape, {"params": params}) == jax.tree.map(lambda leaf: leaf.shape, shapes)
-    np.testing.assert_allclose(module.apply({"params": params}, x), layer(x), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), call(layer, x), atol=1e-6)
 
 
 def test_hydra_groups_have_their_own_geometry_and_bias():
@@ -79,31 +83,36 @@ def test_hydra_groups_have_their_own_geometry_and_bias():
     assert layer.heads_per_group == (1, 2, 2)
     assert [rpb.shape for rpb in layer.rpb] == [(1, 5, 5), (2, 9, 9), (2, 5, 5)]
     x = jax.random.normal(jax.random.key(0), (2, 10, 11, 20))
-    q, k, v = _functional.split_heads(layer.qkv(x), 5, 5, 4)
-    outs, first = [], 0
-    for size, geometry, rpb in zip(layer.heads_per_group, layer.geometries, layer.rpb, strict=True):
-        heads = slice(first, first + size)
-        outs.append(
-            jax_na.neighborhood_attention(
-                q[..., heads, :],
-                k[..., heads, :],
-                v[..., heads, :],
-                geometry.window,
-                dilation=geometry.dilation,
-                bias=rpb[...],
-                implementation="reference",
+
+    @nnx.jit
+    def group_by_group(layer, x):
+        q, k, v = _functional.split_heads(layer.qkv(x), 5, 5, 4)
+        outs, first = [], 0
+        for size, geometry, rpb in zip(layer.heads_per_group, layer.geometries, layer.rpb, strict=True):
+            heads = slice(first, first + size)
+            outs.append(
+                jax_na.neighborhood_attention(
+                    q[..., heads, :],
+                    k[..., heads, :],
+                    v[..., heads, :],
+                    geometry.window,
+                    dilation=geometry.dilation,
+                    bias=rpb[...],
+                    implementation="reference",
+                )
             )
-        )
-        first += size
-    expected = layer.proj(_functional.merge_heads(jnp.concatenate(outs, -2)))
-    np.testing.assert_allclose(layer(x), expected, atol=1e-5)
+            first += size
+        return layer.proj(_functional.merge_heads(jnp.concatenate(outs, -2)))
+
+    out = call(layer, x)
+    np.testing.assert_allclose(out, group_by_group(layer, x), atol=1e-5)
     calls = _functional.distinct_calls(layer.geometries, layer.heads_per_group)
     assert [call.heads for call in calls] == [(0, 3, 4), (1, 2)]
 
     module = linen.HydraNeighborhoodAttention(5, (3, 5, 3), (1, 2, 1), rank=2)
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     params |= {f"rpb_{group}": rpb for group, rpb in params.pop("rpb").items()}
-    np.testing.assert_allclose(module.apply({"params": params}, x), layer(x), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, x), out, atol=1e-6)
 
 
 def test_jit_grad_vmap_bf16_and_eval_shape():
@@ -114,16 +123,17 @@ def test_jit_grad_vmap_bf16_and_eval_shape():
 
     block, x = make(), tokens(2)
     y = block(x)
-    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(block, x), y, atol=1e-5)
-    grads = nnx.grad(lambda m: jnp.mean(m(x) ** 2))(block)
+    np.testing.assert_allclose(call(block, x), y, atol=1e-5)
+    grads = nnx.jit(nnx.grad(lambda m: jnp.mean(m(x) ** 2)))(block)
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
     stacked = jnp.stack([x, x + 1])
-    mapped = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(block, stacked)
+    mapped = nnx.jit(nnx.vmap(lambda m, x: m(x), in_axes=(None, 0)))(block, stacked)
     np.testing.assert_allclose(mapped[0], y, atol=1e-5)
     half = make(jnp.bfloat16)
     assert half.attn.rpb.dtype == jnp.float32
-    assert half(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    np.testing.assert_allclose(half(x.astype(jnp.bfloat16)).astype(jnp.float32), y, atol=0.1)
+    out = call(half, x.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), y, atol=0.1)
     abstract = nnx.eval_shape(make)
     assert abstract.attn.rpb.shape == (4, 5, 9)
 
@@ -133,20 +143,21 @@ def test_linen_block_agrees_with_the_nnx_block():
     params = nnx.to_pure_dict(nnx.state(block, nnx.Param))
     params |= params.pop("mlp")
     module = linen.NeighborhoodTransformerBlock(4, (3, 5), layer_scale=0.5)
-    np.testing.assert_allclose(module.apply({"params": params}, tokens(2)), block(tokens(2)), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(module.apply)({"params": params}, tokens(2)), call(block, tokens(2)), atol=1e-5)
 
 
 def test_projection_dropout_and_stochastic_depth_follow_train_and_eval():
     x = tokens(2, batch=8)
     layer = flax_layers.NeighborhoodAttention(16, 4, (3, 3), projection_dropout_rate=0.5, rngs=nnx.Rngs(0, dropout=1))
-    dropped = np.mean(np.asarray(layer(x)) == 0)
+    dropped = np.mean(np.asarray(call(layer, x)) == 0)
     assert 0.4 < dropped < 0.6
     layer.eval()
-    assert np.mean(np.asarray(layer(x)) == 0) < 0.01
+    assert np.mean(np.asarray(call(layer, x)) == 0) < 0.01
     block = flax_layers.NeighborhoodTransformerBlock(16, 4, (3, 3), drop_path_rate=0.5, rngs=nnx.Rngs(0, dropout=3))
-    kept = np.any(np.asarray(block(x) != x), axis=(1, 2, 3))
+    kept = np.any(np.asarray(call(block, x) != x), axis=(1, 2, 3))
     assert 0 < kept.sum() <= 8
-    np.testing.assert_array_equal(block(x, deterministic=True), block(x, deterministic=True))
+    settled = nnx.jit(lambda block, x: block(x, deterministic=True))
+    np.testing.assert_array_equal(settled(block, x), settled(block, x))
 
 
 def test_fit_rules():
@@ -205,25 +216,33 @@ def test_attention_dropout_acts_on_the_weights(geometry):
     options = {"relative_bias": True, "num_kv_heads": 2, **geometry}
     layer = flax_layers.NeighborhoodAttention(16, 4, dropout_rate=0.5, **options, rngs=nnx.Rngs(0, dropout=1))
     x = tokens(layer.geometry.rank)
-    expected = layer(x, deterministic=True)
+    expected = nnx.jit(lambda layer, x: layer(x, deterministic=True))(layer, x)
     np.testing.assert_allclose(expected, by_hand(layer, x), atol=2e-5)
-    q, k, v = layer._heads(x)
-    attended = {
-        name: _functional.attend(q, k, v, layer.geometry, bias=layer.rpb[...], dropout=dropout)
-        for name, dropout in {"kept": lambda w: w, "halved": lambda w: w / 2, "fused": None}.items()
-    }
+
+    @nnx.jit
+    def attend(layer, x):
+        q, k, v = layer._heads(x)
+        dropouts = {"kept": lambda w: w, "halved": lambda w: w / 2, "fused": None}
+        bias = layer.rpb[...]
+        return {
+            name: _functional.attend(q, k, v, layer.geometry, bias=bias, dropout=dropout)
+            for name, dropout in dropouts.items()
+        }
+
+    attended = attend(layer, x)
     np.testing.assert_allclose(attended["kept"], attended["fused"], atol=1e-5)
     np.testing.assert_allclose(attended["halved"], attended["fused"] / 2, atol=1e-5)
     # The mean of 25 draws is five times as close as one draw.
-    call = nnx.jit(lambda layer, x: layer(x))
     draws = np.stack([call(layer, x) for _ in range(25)])
     assert np.abs(draws.mean(0) - expected).mean() < 0.35 * np.abs(draws[0] - expected).mean()
-    first, second = (layer(x, rngs=nnx.Rngs(dropout=7)) for _ in range(2))
+    seeded = nnx.jit(lambda layer, x, rngs: layer(x, rngs=rngs))
+    first, second = (seeded(layer, x, nnx.Rngs(dropout=7)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    grads = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+    grads = nnx.jit(nnx.grad(lambda layer: jnp.sum(layer(x) ** 2)))(layer)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
     module = linen.NeighborhoodAttention(4, dropout_rate=0.5, **options)
     params = {"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}
-    np.testing.assert_allclose(module.apply(params, x, deterministic=True), expected, atol=1e-6)
-    dropped = module.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    apply = jax.jit(module.apply, static_argnames="deterministic")
+    np.testing.assert_allclose(apply(params, x, deterministic=True), expected, atol=1e-6)
+    dropped = apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     assert np.abs(dropped - expected).max() > 0.01

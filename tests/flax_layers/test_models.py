@@ -102,38 +102,41 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_jit_grad_and_features(name):
-    model = SMALL[name]()
+def test_jit_grad_and_features(name, built):
     images = jax.random.normal(jax.random.key(0), (2, 27, 34, 3))
-    call = nnx.jit(lambda model, x: (model(x), model.features(x)))
-    logits, features = call(model, images)
+
+    def loss(model, x):
+        logits = model(x)
+        return jnp.sum(logits**2), (logits, model.features(x))
+
+    grads, (logits, features) = nnx.jit(nnx.grad(loss, has_aux=True))(built(SMALL[name]), images)
     assert logits.shape == (2, 5)
     assert len(features) == (1 if name == "isotropic" else 2)
     for i, feature in enumerate(features):
         step = 4 * 2**i
         assert feature.shape[1:3] == (-(-27 // step), -(-34 // step))
-    grads = nnx.jit(nnx.grad(lambda model, x: jnp.sum(model(x) ** 2)))(model, images)
     assert all(np.isfinite(g).all() and np.any(g != 0) for g in jax.tree.leaves(grads))
 
 
-def test_vmap_and_bf16():
+def test_vmap_and_bf16(built):
     images = jax.random.normal(jax.random.key(0), (2, 24, 24, 3))
     call = nnx.jit(lambda model, x: model(x))
-    model = SMALL["isotropic"]()
+    model = built(SMALL["isotropic"])
     logits = call(model, images)
     mapped = nnx.jit(nnx.vmap(lambda model, x: model(x[None])[0], in_axes=(None, 0)))(model, images)
     np.testing.assert_allclose(mapped, logits, atol=1e-5)
-    half = SMALL["isotropic"](dtype=jnp.bfloat16)
+    half = built(functools.partial(SMALL["isotropic"], dtype=jnp.bfloat16))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(half, nnx.Param)))
     out = call(half, images)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), logits, atol=0.05)
 
 
-def test_remat_changes_nothing():
+def test_remat_changes_nothing(built):
     images = jax.random.normal(jax.random.key(0), (1, 24, 24, 3))
     grad = nnx.jit(nnx.grad(lambda model: jnp.sum(model(images) ** 2)))
-    models_ = (small(remat=remat, depths=(2,), num_heads=(2,), dilations=None) for remat in (False, True))
+    make = functools.partial(small, depths=(2,), num_heads=(2,), dilations=None)
+    models_ = (built(functools.partial(make, remat=remat)) for remat in (False, True))
     for a, b in zip(*(jax.tree.leaves(grad(model)) for model in models_), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -142,18 +145,18 @@ def test_small_images_shrink_the_dilation_and_say_so():
     image = jax.ShapeDtypeStruct((1, 128, 128, 3), jnp.float32)
     options = {"window_size": 7, "dilations": ((1, 8), (1, 2))}
     with pytest.warns(WindowFitWarning) as caught:
-        assert nnx.eval_shape(lambda model, x: model(x), small(**options), image).shape == (1, 5)
+        assert nnx.eval_shape(lambda x: small(**options)(x), image).shape == (1, 5)
     assert [str(warning.message) for warning in caught] == [
         "window_size=(7, 7) * dilation=(8, 8) = (56, 56) exceeds the input's (32, 32) tokens: "
         "using window_size=(7, 7), dilation=(4, 4) (fit='shrink')"
     ]
     with pytest.raises(ValueError, match="fit='shrink'"):
-        nnx.eval_shape(lambda model, x: model(x), small(fit="error", **options), image)
+        nnx.eval_shape(lambda x: small(fit="error", **options)(x), image)
     with pytest.raises(ValueError, match=r"expected \[batch, height, width, 3\]"):
-        small()(jnp.ones((1, 32, 32, 4)))
+        nnx.eval_shape(lambda: small()(jnp.ones((1, 32, 32, 4))))
 
 
-def test_stylenat_small():
+def test_stylenat_small(built):
     make = functools.partial(
         models.StyleNAT,
         image_size=16,
@@ -163,12 +166,15 @@ def test_stylenat_small():
         min_heads=2,
         windows=((3,), (5,)),
     )
-    model = make(rngs=nnx.Rngs(0))
     z = jax.random.normal(jax.random.key(0), (2, 32))
-    images = nnx.jit(lambda model, z: model(z))(model, z)
+
+    def loss(model):
+        images = model(z)
+        return jnp.mean(images**2), images
+
+    grads, images = nnx.jit(nnx.grad(loss, has_aux=True))(built(lambda: make(rngs=nnx.Rngs(0))))
     assert images.shape == (2, 16, 16, 3)
     assert bool(jnp.isfinite(images).all())
-    grads = nnx.jit(nnx.grad(lambda model: jnp.mean(model(z) ** 2)))(model)
     assert np.any(grads.layers[1].blocks[0].attn.rpb[0][...] != 0)
     assert nnx.eval_shape(lambda: make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(z)).dtype == jnp.float32
     with pytest.raises(ValueError, match="image_size=24"):
@@ -191,8 +197,8 @@ def abstract_generator():
 
 
 @pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
-def test_checkpoints_round_trip(layout, tmp_path):
-    model = small(layer_scale=0.1)
+def test_checkpoints_round_trip(layout, built, tmp_path):
+    model = built(functools.partial(small, layer_scale=0.1))
     path = tmp_path / "weights.safetensors"
     checkpoints.save(model, path, layout, prefix="dinat." if layout == "huggingface" else "")
     other = checkpoints.load_pretrained(lambda: small(layer_scale=0.3), path)
@@ -200,8 +206,8 @@ def test_checkpoints_round_trip(layout, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_original_names_are_the_published_ones():
-    tensors = checkpoints.to_state_dict(small(layer_scale=0.1))
+def test_original_names_are_the_published_ones(built):
+    tensors = checkpoints.to_state_dict(built(functools.partial(small, layer_scale=0.1)))
     assert {
         "patch_embed.proj.0.weight",
         "patch_embed.proj.1.bias",
@@ -219,17 +225,18 @@ def test_original_names_are_the_published_ones():
     } <= set(tensors)
     assert tensors["patch_embed.proj.1.weight"].shape == (16, 8, 3, 3)
     assert tensors["levels.0.blocks.1.attn.qkv.weight"].shape == (48, 16)
-    assert "layers.0.downsample.reduction.weight" in checkpoints.to_state_dict(SMALL["dinat_s"]())
-    assert "layers.1.attn.rpb" in checkpoints.to_state_dict(SMALL["isotropic"]())
+    assert "layers.0.downsample.reduction.weight" in checkpoints.to_state_dict(built(SMALL["dinat_s"]))
+    assert "layers.1.attn.rpb" in checkpoints.to_state_dict(built(SMALL["isotropic"]))
 
 
-def test_all_errors_of_a_checkpoint_come_in_one_message():
-    tensors = checkpoints.to_state_dict(small())
+def test_all_errors_of_a_checkpoint_come_in_one_message(built):
+    model = built(small)
+    tensors = checkpoints.to_state_dict(model)
     tensors["levels.0.blocks.0.attn.rpb"] = np.zeros((2, 13, 13), np.float32)
     tensors["head.weight"] = np.zeros((7, 32), np.float32)
     tensors["extra.weight"] = tensors.pop("norm.bias")
     with pytest.raises(checkpoints.CheckpointError) as caught:
-        checkpoints.from_state_dict(small(), tensors)
+        checkpoints.from_state_dict(model, tensors)
     message = str(caught.value)
     assert "4 problems" in message
     for part in (
@@ -240,8 +247,7 @@ def test_all_errors_of_a_checkpoint_come_in_one_message():
         "extra.weight: in the checkpoint, but not in the model",
     ):
         assert part in message
-    model = small()
     kept = checkpoints.from_state_dict(model, tensors, ignore=r"^head\.|rpb|norm\.bias|^extra")
     np.testing.assert_array_equal(kept.head.kernel[...], model.head.kernel[...])
     with pytest.raises(checkpoints.CheckpointError, match="no name in the Hugging Face layout"):
-        checkpoints.to_state_dict(SMALL["isotropic"](), "huggingface")
+        checkpoints.to_state_dict(built(SMALL["isotropic"]), "huggingface")
