@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_na import _backends, _primitives
+from jax_na._exchange import exchange, from_zero_on
 from jax_na._sharding import Axes, as_axes, linear_index
 from jax_na._spec import Inputs, Spec, check_inputs, check_rank, make_spec
 from jax_na._window import group_length, window_bounds
@@ -46,33 +47,6 @@ def halo_widths(length: int, shards: int, window: int, stride: int, dilation: in
     left = np.where(owned, begin - first.min(-1), 0).max()
     right = np.where(owned, last.max(-1) - (begin + block - 1), 0).max()
     return block, max(int(left), 0), max(int(right), 0)
-
-
-def exchange(x: Array, axis: int, names: Axes, shards: int, left: int, right: int) -> Array:
-    """Extend the block ``x`` by ``left`` and ``right`` tokens of its neighbours along ``axis``; beyond the ends come zeros."""
-    block = x.shape[axis]
-
-    def receive(width: int, hops: int) -> Array:
-        """``width`` tokens of the shard ``hops`` further (negative: before), those that lie nearest to this one."""
-        begin = block - width if hops < 0 else 0
-        piece = lax.slice_in_dim(x, begin, begin + width, axis=axis)
-        pairs = [(source, source - hops) for source in range(shards) if 0 <= source - hops < shards]
-        return lax.ppermute(piece, names, pairs)
-
-    def pieces(width: int, sign: int) -> list[Array]:
-        return [receive(min(block, width - start), sign * (start // block + 1)) for start in range(0, width, block)]
-
-    parts = [*reversed(pieces(left, -1)), x, *pieces(right, 1)]
-    return lax.concatenate(parts, axis) if len(parts) > 1 else x
-
-
-def _from_zero_on(x: Array, axis: int, left: int, offset: Array) -> Array:
-    """Move what lies before position 0 to the end of the tile: where positions are divided by a dilation, none is negative."""
-    if left == 0:
-        return x
-    width = x.shape[axis]
-    x = lax.concatenate([x, lax.slice_in_dim(x, 0, left, axis=axis)], axis)
-    return lax.dynamic_slice_in_dim(x, jnp.maximum(left - offset, 0), width, axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +108,7 @@ def _local(spec: Spec, split: Split, inputs: Inputs) -> tuple[Array, Array]:
             offset = linear_index(sizes, axes) * block
             offset = jnp.where(offset < length, offset, 0)
             if spec.dilation[axis] > 1:
-                key, value = (_from_zero_on(x, first + axis, left, offset) for x in (key, value))
+                key, value = (from_zero_on(x, first + axis, left, offset) for x in (key, value))
         start = offset - left if spec.dilation[axis] == 1 else jnp.maximum(offset - left, 0)
         rows.append([offset, start, length])
     halo = jnp.stack([jnp.stack([jnp.asarray(entry, jnp.int32) for entry in row]) for row in rows])

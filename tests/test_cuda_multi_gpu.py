@@ -26,8 +26,8 @@ def test_every_device_is_served_by_itself():
         np.testing.assert_array_equal(result, results[0])
 
 
-def mesh_of_all():
-    return jax.make_mesh((len(jax.devices("gpu")),), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices("gpu"))
+def mesh_of_all(kind=AxisType.Auto):
+    return jax.make_mesh((len(jax.devices("gpu")),), ("x",), axis_types=(kind,), devices=jax.devices("gpu"))
 
 
 def values_and_gradients(function):
@@ -44,17 +44,81 @@ def agree(actual, wanted):
         assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("spec", [P("x"), P(None, None, None, "x")], ids=["batch", "heads"])
-def test_batch_and_heads_need_no_collective(spec):
-    case = Case("2d", (20, 21), 5, batch=8, heads=8, kv_heads=8, dim=64)
-    inputs = case.inputs(jnp.bfloat16)[:3]
-    cotangent = case.cotangents(jnp.bfloat16)[0]
-    run = values_and_gradients(functools.partial(jax_na.neighborhood_attention, **case.arguments()))
-    sharding = NamedSharding(mesh_of_all(), spec)
-    placed = jax.device_put((inputs, cotangent), sharding)
-    compiled = run.lower(*placed).compile()
-    assert not collectives(compiled)
-    agree(compiled(*placed), run(*jax.device_put((inputs, cotangent), jax.devices("gpu")[0])))
+def attention(case):
+    return functools.partial(jax_na.neighborhood_attention, **case.arguments())
+
+
+def pair(case):
+    """The unfused pair: all of its products are in the forward or backward pass."""
+    arguments = case.arguments()
+    scale = arguments.pop("scale")
+
+    def run(q, k, v):
+        scores = jax_na.na_qk(q, k, scale=scale, **arguments)
+        return jax_na.na_av(jax.nn.softmax(scores, -1), v, **arguments)
+
+    return run
+
+
+BATCH, HEADS = P("x"), P(None, None, None, "x")
+CELLS = {  # sharding of the query, of key and value; key/value heads; collectives of the backward pass
+    "batch": (BATCH, BATCH, 8, set()),
+    "heads": (HEADS, HEADS, 8, set()),
+    "gqa": (HEADS, HEADS, 4, set()),
+    "mqa": (HEADS, P(), 1, {"all-reduce"}),
+}
+
+
+@functools.cache
+def cell(function, kv_heads):
+    """Operands and cotangent; the function of a case, and what one GPU computes."""
+    case = Case("2d", (20, 21), 5, batch=8, heads=8, kv_heads=kv_heads, dim=64)
+    given = case.inputs(jnp.bfloat16)[:3], case.cotangents(jnp.bfloat16)[0]
+    run = function(case)
+    return given, run, values_and_gradients(run)(*jax.device_put(given, jax.devices("gpu")[0]))
+
+
+def check(run, given, wanted, mesh, query, token, allowed):
+    """``run`` under the shardings: its numbers, and no collective but those ``allowed`` in the backward pass."""
+    q, kv = NamedSharding(mesh, query), NamedSharding(mesh, token)
+    (inputs, cotangent), run = given, values_and_gradients(run)
+    placed = tuple(map(jax.device_put, inputs, (q, kv, kv))), jax.device_put(cotangent, q)
+    with jax.set_mesh(mesh):
+        compiled = run.lower(*placed).compile()
+        agree(compiled(*placed), wanted)
+        assert collectives(compiled) <= allowed, collectives(compiled)
+        assert not collectives(jax.jit(lambda *given: run(*given)[0]).lower(*placed).compile())
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit, AxisType.Manual], ids=["auto", "explicit", "manual"])
+@pytest.mark.parametrize("function", [attention, pair])
+def test_batch_and_heads_need_no_collective(function, kind, name):
+    query, token, kv_heads, allowed = CELLS[name]
+    given, run, wanted = cell(function, kv_heads)
+    mesh = mesh_of_all(AxisType.Auto if kind == AxisType.Manual else kind)
+    if kind == AxisType.Manual:
+        run = jax.shard_map(run, mesh=mesh, in_specs=(query, token, token), out_specs=query)
+    check(run, given, wanted, mesh, query, token, allowed)
+
+
+@pytest.mark.parametrize("manual", ["x", "one"], ids=["split-axis-manual", "split-axis-auto"])
+@pytest.mark.parametrize("function", [attention, pair])
+def test_partially_manual_shard_map(function, manual):
+    given, run, wanted = cell(function, 8)
+    count = len(jax.devices("gpu"))
+    mesh = jax.make_mesh((count, 1), ("x", "one"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("gpu"))
+    spec = P(manual)
+    run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={manual})
+    check(run, given, wanted, mesh, BATCH, BATCH, set())
+
+
+@pytest.mark.parametrize("function", [attention, pair])
+def test_vmap_with_spmd_axis_name(function):
+    """The mapped axis is split, and the heads of each example are not folded into it."""
+    given, run, wanted = cell(function, 8)
+    given, wanted = jax.tree.map(lambda a: a[:, None], (given, wanted))
+    check(jax.vmap(run, spmd_axis_name="x"), given, wanted, mesh_of_all(), BATCH, BATCH, set())
 
 
 @pytest.mark.parametrize(

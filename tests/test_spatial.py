@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_na
-from jax_na._spatial import exchange, halo_widths
+from jax_na._exchange import exchange
+from jax_na._spatial import halo_widths
 from jax_na._window import visible
 from jax_na.testing.compiled import QUICK, traffic
 
