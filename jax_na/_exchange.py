@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jax_na._jax_internals import apply_primitive
-from jax_na._sharding import Axes
+from jax_na._sharding import Axes, lower_untyped
 
 Array = Any
 
@@ -65,12 +65,12 @@ def _tile_type(x: Any, *pieces: Any, axis: int, place: int) -> Any:
     return x.update(shape=tuple(shape), weak_type=False)
 
 
-def _write_tile(*parts: Array, axis: int, place: int) -> Array:
+def _write_tile(*parts: Array, axis: int, place: int) -> tuple[Array]:
     sizes = [part.shape[axis] for part in parts]
     tile = jnp.empty((*parts[0].shape[:axis], sum(sizes), *parts[0].shape[axis + 1 :]), parts[0].dtype)
     for part, start in zip(parts, _offsets(sizes, place), strict=True):
         tile = lax.dynamic_update_slice_in_dim(tile, part, start, axis)
-    return tile
+    return (tile,)
 
 
 def _transpose_tile(cotangent: Any, *parts: Any, axis: int, place: int) -> list[Any]:
@@ -93,6 +93,8 @@ def _batch_tile(parts: Sequence[Array], dims: Sequence[int | None], *, axis: int
 na_tile_p = Primitive("na_tile")
 na_tile_p.def_abstract_eval(_tile_type)
 na_tile_p.def_impl(functools.partial(apply_primitive, na_tile_p))
-mlir.register_lowering(na_tile_p, mlir.lower_fun(_write_tile, multiple_results=False))
+mlir.register_lowering(
+    na_tile_p, lambda ctx, *parts, **params: lower_untyped(ctx, functools.partial(_write_tile, **params), *parts)
+)
 ad.deflinear2(na_tile_p, _transpose_tile)
 batching.primitive_batchers[na_tile_p] = _batch_tile

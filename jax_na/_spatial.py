@@ -26,7 +26,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_na import _backends, _primitives
 from jax_na._exchange import exchange, from_zero_on
 from jax_na._sharding import Axes, as_axes, linear_index
-from jax_na._spec import Inputs, Spec, check_inputs, check_rank, make_spec
+from jax_na._spec import Inputs, Spec, accumulation_dtype, check_inputs, check_rank, make_spec
 from jax_na._window import group_length, window_bounds
 
 Array = Any
@@ -264,16 +264,20 @@ def sharded_neighborhood_attention(
     if any(after for _, after in padding):
         pads = [(0, 0), *padding, (0, 0), (0, 0)]
         padded = inputs._replace(**{n: jnp.pad(getattr(inputs, n), pads) for n in ("query", "key", "value")})
-    if AxisType.Explicit in mesh.axis_types:
-        padded = Inputs(
-            *(
-                None if array is None else jax.sharding.reshard(array, NamedSharding(mesh, where))
-                for array, where in zip(padded, split.specs(), strict=True)
-            )
-        )
-    names = frozenset(mesh.axis_names) - manual
-    given_operands = tuple(array is not None for array in padded)
-    out, lse = _mapped(spec, split, mesh, names, given_operands)(padded)
+
+    def place(array: Array, where: PartitionSpec) -> Array:
+        explicit = AxisType.Explicit in mesh.axis_types and array is not None
+        return jax.sharding.reshard(array, NamedSharding(mesh, where)) if explicit else array
+
+    padded = Inputs(*map(place, padded, split.specs()))
+    if padded.query.size:
+        names = frozenset(mesh.axis_names) - manual
+        given_operands = tuple(array is not None for array in padded)
+        out, lse = _mapped(spec, split, mesh, names, given_operands)(padded)
+    else:  # an empty batch: XLA rejects the gradient of a shard_map over nothing
+        shape, dtype, where = padded.query.shape[:-1], padded.query.dtype, split.specs().query
+        out = place(jnp.zeros((*shape, padded.value.shape[-1]), dtype), where)
+        lse = place(jnp.zeros(shape, accumulation_dtype(dtype)), where)
     if any(after for _, after in padding):
         inner = (slice(None), *(slice(0, length) for length in split.lengths))
         out, lse = out[inner], lse[inner]

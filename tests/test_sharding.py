@@ -239,13 +239,14 @@ def test_conflicting_shardings_follow_the_query(name):
     run(PASSES[name], inputs, expected(name), COLLECTIVES)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("check_vma", "kv_heads"), [(True, HEADS), (False, HEADS), (True, 4), (True, 1)])
 @over_passes
-def test_inside_shard_map(name, check_vma):
+def test_inside_shard_map(name, check_vma, kv_heads):
+    """All axes manual; key/value heads as many as query heads, fewer, and one that every device of the heads has."""
     mesh = make_mesh(AxisType.Auto)
-    inputs = place(make_inputs(), mesh, "x", "y")
+    inputs = place(make_inputs(kv_heads=kv_heads), mesh, "x", "y", kv_heads="y" if kv_heads > 1 else None)
     spec = P("x", None, None, "y", None)
-    specs = Inputs(spec, spec, spec)
+    specs = Inputs(spec, *[spec if kv_heads > 1 else P("x")] * 2)
 
     def mapped(inputs):
         return jax.shard_map(
@@ -257,7 +258,8 @@ def test_inside_shard_map(name, check_vma):
         "backward": jax.grad(lambda inputs: total(mapped(inputs))),
         "tangent": lambda inputs: jax.jvp(mapped, (inputs,), (jax.tree.map(jnp.sin, inputs),)),
     }
-    run(functions[name], inputs, expected(name), {"all-reduce"} if name == "backward" else ())
+    allowed = {"all-reduce"} if name == "backward" and kv_heads == 1 else ()
+    run(functions[name], inputs, expected(name, kv_heads=kv_heads), allowed)
 
 
 def test_gradient_inside_shard_map_of_replicated_operands():
@@ -284,13 +286,13 @@ def test_gradient_inside_shard_map_of_replicated_operands():
 
 @over_passes
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("manual", ["x", "y"])
-def test_partially_manual_shard_map(name, kind, manual):
+@pytest.mark.parametrize(("manual", "kv_heads"), [("x", HEADS), ("y", HEADS), ("x", 4)])
+def test_partially_manual_shard_map(name, kind, manual, kv_heads):
     """The batch axis is manual, the heads axis is left to the partitioner or Explicit; and the other way round."""
     other = {"x": "y", "y": "x"}[manual]
     mesh = make_mesh(kind)
     with in_mesh(mesh):
-        inputs = place(make_inputs(batch=8), mesh, manual, other)
+        inputs = place(make_inputs(batch=8, kv_heads=kv_heads), mesh, manual, other)
         spec = P(manual)
         specs = Inputs(spec, spec, spec)
 
@@ -304,24 +306,29 @@ def test_partially_manual_shard_map(name, kind, manual):
         }
         # Before 0.11, JAX gathers Explicit axes at the border of a partially manual shard_map, whatever it holds.
         gathers = kind == AxisType.Explicit and jax.__version_info__ < (0, 11)
-        run(functions[name], inputs, expected(name, batch=8), {"all-gather"} if gathers else ())
+        run(functions[name], inputs, expected(name, batch=8, kv_heads=kv_heads), {"all-gather"} if gathers else ())
 
 
 @over_kinds
 @over_passes
-def test_vmap_of_a_sharded_axis(kind, name):
-    """A mapped axis that is sharded stays sharded: it is not folded into the batch."""
+@pytest.mark.parametrize("kv_heads", [HEADS, 4, 1])
+def test_vmap_of_a_sharded_axis(kind, name, kv_heads):
+    """A mapped axis that is sharded stays sharded: it is not folded into the batch. Heads are sharded too."""
     mesh = make_mesh(kind)
-    given = make_inputs(batch=4)
-    wanted = expected(name, batch=4)
+    given = make_inputs(batch=4, kv_heads=kv_heads)
+    wanted = expected(name, batch=4, kv_heads=kv_heads)
     with in_mesh(mesh):
         split = jax.tree.map(
-            lambda a: jax.device_put(a[:, None], NamedSharding(mesh, P("x", None, None, None, "y"))), given
+            lambda a: jax.device_put(
+                a[:, None], NamedSharding(mesh, P("x", None, None, None, "y" if a.shape[-2] > 1 else None))
+            ),
+            given,
         )
         function = jax.vmap(PASSES[name], spmd_axis_name="x" if kind == AxisType.Auto else None)
         compiled = jax.jit(function).lower(split).compile(QUICK)
         close(jax.tree.map(lambda a: a[:, 0], compiled(split)), wanted)
-        assert not collectives(compiled)
+        sums = name == "backward" and kv_heads == 1  # the gradients of key and value, over the devices of the heads
+        assert collectives(compiled) <= ({"all-reduce", "all-gather"} if sums else set()), collectives(compiled)
 
 
 def test_vmap_with_spmd_axis_name_over_shard_map():

@@ -194,40 +194,129 @@ def test_exchange(left, right):
         np.testing.assert_array_equal(row, padded[shard * block : shard * block + left + block + right])
 
 
-def test_inside_shard_map():
-    mesh = make_mesh()
-    given = operands((16,))
+@pytest.mark.parametrize("names", [{"x", "y"}, {"y"}], ids=["manual", "partially-manual"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_inside_shard_map(kind, names):
+    """The operands are blocks; an axis that is not manual stays with the batch. Forward and backward."""
+    mesh = make_mesh(kind)
+    given = tuple(operands((16,)).values())
     arguments = {"window_size": 5, "stride": 2}
-    spec = P("x", "y")
+    spec = P("x", "y") if "x" in names else P(None, "y")
+    call = functools.partial(jax_na.sharded_neighborhood_attention, partition=spec, **arguments)
 
     def mapped(q, k, v):
-        call = functools.partial(jax_na.sharded_neighborhood_attention, partition=spec, **arguments)
-        return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec)(q, k, v)
+        return jax.shard_map(call, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=names)(q, k, v)
 
-    wanted = jax_na.neighborhood_attention(**given, **arguments)
-    np.testing.assert_allclose(jax.jit(mapped)(*given.values()), wanted, rtol=1e-6, atol=1e-6)
+    def both(function):
+        def run(*given):
+            out, vjp = jax.vjp(function, *given)
+            return out, vjp(jnp.cos(out))
+
+        return jax.jit(run, compiler_options=QUICK)
+
+    wanted = both(functools.partial(jax_na.neighborhood_attention, **arguments))(*given)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(given, NamedSharding(mesh, P("x", "y")))
+        compiled = both(mapped).lower(*placed).compile()
+        actual = compiled(*placed)
+    close(actual, wanted)
+    # Before 0.11, JAX gathers Explicit axes at the border of a partially manual shard_map, whatever it holds.
+    gathers = kind == AxisType.Explicit and len(names) == 1 and jax.__version_info__ < (0, 11)
+    assert set(traffic(compiled)) == {"collective-permute", "all-gather"} - (set() if gathers else {"all-gather"})
 
 
-def test_other_transformations():
-    """vmap, jvp, remat with the shipped policy."""
+def close(actual, wanted):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), actual, wanted)
+
+
+def gradient(function):
+    return jax.grad(lambda *given: jnp.sum(jnp.sin(function(*given))), (0, 1, 2))
+
+
+@functools.cache
+def split_and_whole():
     mesh = make_mesh()
     given = tuple(operands((16,)).values())
-    split = functools.partial(jax_na.sharded_neighborhood_attention, partition=P(None, "y"), mesh=mesh, window_size=5)
-    whole = functools.partial(jax_na.neighborhood_attention, window_size=5)
+    split = functools.partial(jax_na.sharded_neighborhood_attention, partition=P("x", "y"), mesh=mesh, window_size=5)
+    return NamedSharding(mesh, P("x", "y")), given, split, functools.partial(jax_na.neighborhood_attention, window_size=5)
+
+
+def test_vmap():
+    _, given, split, whole = split_and_whole()
     mapped = tuple(jnp.stack([a, a + 1]) for a in given)
-    np.testing.assert_allclose(jax.jit(jax.vmap(split))(*mapped), jax.vmap(whole)(*mapped), rtol=1e-5, atol=1e-6)
-    tangents = tuple(map(jnp.sin, given))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        jax.jit(functools.partial(jax.jvp, split))(given, tangents),
-        jax.jvp(whole, given, tangents),
-    )
+    close(jax.jit(jax.vmap(split), compiler_options=QUICK)(*mapped), jax.vmap(whole)(*mapped))
+    given = (given[0], *mapped[1:])
+    mapped = jax.vmap(gradient(split), (None, 1, 1)), jax.vmap(gradient(whole), (None, 1, 1))
+    given = (given[0], *(jnp.moveaxis(a, 0, 1) for a in given[1:]))
+    close(jax.jit(mapped[0], compiler_options=QUICK)(*given), mapped[1](*given))
+
+
+TRANSFORMED = {
+    "jvp": lambda f: lambda *given: jax.jvp(f, given, tuple(map(jnp.sin, given))),
+    "linearize": lambda f: lambda *given: jax.linearize(f, *given)[1](*given),
+    "jacrev": lambda f: jax.jacrev(lambda *given: f(*given)[0, :, 0, 0], 1),
+    "forward over reverse": lambda f: lambda *given: jax.jvp(gradient(f), given, tuple(map(jnp.cos, given)))[1],
+    "reverse over reverse": lambda f: gradient(lambda *given: gradient(f)(*given)[0]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_derivatives(name):
+    _, given, split, whole = split_and_whole()
+    actual, wanted = (jax.jit(TRANSFORMED[name](f), compiler_options=QUICK)(*given) for f in (split, whole))
+    close(actual, wanted)
+
+
+def test_remat_exchanges_again():
+    """With the shipped policy the forward kernel runs once; the tile of keys is not saved: its exchange runs again."""
+    where, given, split, whole = split_and_whole()
     saved = jax.checkpoint(split, policy=jax_na.save_attention_residuals)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
-        jax.jit(jax.grad(lambda *given: jnp.sum(jnp.sin(saved(*given))), (0, 1, 2)))(*given),
-        jax.grad(lambda *given: jnp.sum(jnp.sin(whole(*given))), (0, 1, 2))(*given),
-    )
+    placed = jax.device_put(given, where)
+    compiled = [jax.jit(gradient(f)).lower(*placed).compile(QUICK) for f in (split, saved)]
+    close(compiled[1](*placed), gradient(whole)(*given))
+    halo = (2 + 2) * 2 * (4 + 4)
+    assert [traffic(c) for c in compiled] == [{"collective-permute": 2 * halo}, {"collective-permute": 3 * halo}]
+    shapes = [jax.ShapeDtypeStruct((2, 16, 2, 32), jnp.bfloat16)] * 3
+    saved = jax.checkpoint(functools.partial(split, implementation="cuda"), policy=jax_na.save_attention_residuals)
+    text = jax.jit(gradient(saved)).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert [text.count(f"custom_call @jax_na_{name}(") for name in ("forward", "backward")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [jax.disable_jit, *(functools.partial(m, v) for m, v in ((jax.debug_nans, True), (jax.numpy_rank_promotion, "raise")))],
+    ids=["disable_jit", "debug_nans", "numpy_rank_promotion"],
+)
+def test_debugging_modes(mode):
+    _, given, split, whole = split_and_whole()
+    wanted = gradient(whole)(*given)
+    with mode():
+        close(gradient(split)(*given), wanted)
+
+
+def test_shapes_dtypes_and_donation():
+    where, given, split, whole = split_and_whole()
+    out, lse = jax.eval_shape(functools.partial(split, return_lse=True), *given)
+    assert (out.shape, lse.shape) == (given[0].shape, given[0].shape[:-1])
+    weak = jax.lax.broadcast_in_dim(jnp.asarray(1.0), given[0].shape, ())
+    assert not split(weak, *given[1:]).weak_type
+    with jax.enable_x64(True):
+        for dtype in (np.float64, np.float32):
+            cast = tuple(a.astype(dtype) for a in given)
+            assert [a.dtype for a in jax.tree.leaves((split(*cast), gradient(split)(*cast)))] == [dtype] * 4
+    query, key, value = jax.device_put(given, where)
+    close(jax.jit(split, donate_argnums=0)(query, key, value), whole(*given))
+    assert query.is_deleted()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_zero_size_batch(kind):
+    mesh = make_mesh(kind)
+    with jax.set_mesh(mesh):
+        empty = [jax.device_put(np.zeros((0, 16, 2, 4), np.float32), NamedSharding(mesh, P("x", "y")))] * 3
+        split = functools.partial(jax_na.sharded_neighborhood_attention, partition=P("x", "y"), window_size=5)
+        for run in (split, gradient(split), lambda *given: jax.jvp(split, given, given)):
+            assert all(a.shape == empty[0].shape for a in jax.tree.leaves(jax.jit(run)(*empty)))
 
 
 def test_export_for_several_devices():

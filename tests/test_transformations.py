@@ -233,7 +233,11 @@ def test_a_mapped_halo_raises_one_sentence():
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_lowers_for_every_platform(platform):
     given = [jax.ShapeDtypeStruct((1, 32, 2, 32), jnp.bfloat16)] * 3
-    for function in (attend, gradient(attend), lambda *given: jax.jvp(attend, given, given)):
+
+    def pair(q, k, v):
+        return jax_na.na_av(jax.nn.softmax(jax_na.na_qk(q, k, 3), -1), v, 3)
+
+    for function in (attend, gradient(attend), lambda *given: jax.jvp(attend, given, given), pair, gradient(pair)):
         assert "custom_call @jax_na" not in lowered(function, platform, *given) or platform == "cuda"
     assert "custom_call @jax_na_backward" in lowered(gradient(on_cuda), "cuda", *given)
 
@@ -353,6 +357,12 @@ def test_debugging_modes(mode):
     with context():
         close(gradient(attend)(*given), wanted)
         close(jax.jit(lambda *given: jax.jvp(attend, given, given)[0])(*given), attend(*given))
+
+
+def test_debug_nans_finds_the_call_that_made_one():
+    q, k, v = operands(1)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        attend(np.full_like(q, np.nan), k, v)
 
 
 def test_x64_mode_keeps_dtypes():

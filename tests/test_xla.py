@@ -321,19 +321,19 @@ def test_values_that_are_not_finite_stay_in_their_windows(operand, bad):
 
 
 def test_nothing_of_size_tokens_squared():
-    """Twice the tokens, twice the memory; and far below one score per pair."""
+    """Gradient, tangent, Hessian-vector product: twice the tokens, twice the memory, far below one score per pair."""
+    attend = functools.partial(jax_na.neighborhood_attention, window_size=63, implementation="xla")
 
     def bytes_of(tokens):
         x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
 
-        def both(q, k, v, g):
-            _, vjp = jax.vjp(lambda *x: jax_na.neighborhood_attention(*x, 63, implementation="xla"), q, k, v)
-            _, tangent = jax.jvp(
-                lambda *x: jax_na.neighborhood_attention(*x, 63, implementation="xla"), (q, k, v), (g, g, g)
-            )
-            return vjp(g), tangent
+        def every(q, k, v, g):
+            given, tangents = (q, k, v), (g, g, g)
+            _, vjp = jax.vjp(attend, *given)
+            grad = jax.grad(lambda *given: jnp.sum(jnp.sin(attend(*given))), (0, 1, 2))
+            return vjp(g), jax.jvp(attend, given, tangents), jax.jvp(grad, given, tangents)
 
-        memory = jax.jit(both).lower(x, x, x, x).compile().memory_analysis()
+        memory = jax.jit(every).lower(x, x, x, x).compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
     small, large = bytes_of(16384), bytes_of(32768)
