@@ -256,7 +256,7 @@ def main() -> int:
         def keep(rows: list[dict[str, Any]]) -> None:
             measured = {(r["problem"], r["dtype"], r["implementation"]) for r in rows}
             kept = [r for r in before if (r["problem"], r["dtype"], r["implementation"]) not in measured]
-            result["rows"] = kept + rows
+            result["rows"] = kept + [row | {"commit": commit} for row in rows]
             save()
 
         run_rows(arguments.implementations, arguments.problems, arguments.dtypes, arguments.neighbours, keep)

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
-from benchmarks.problems import AMPERE_PEER_MS, BEST_PEER_MS, PROBLEMS
+from benchmarks.problems import AMPERE_PEER_MS, BEST_PEER_MS, NEIGHBOURS, PROBLEMS
 
 
 def _times(
@@ -83,8 +83,24 @@ def unfused(rows: list[dict[str, Any]], dtype: str) -> str:
     return "\n".join(lines)
 
 
+def neighbours(rows: list[dict[str, Any]]) -> str:
+    """How far from its own bound every row is, and its neighbours as a multiple of that: above 1.2, tiles were chosen badly."""
+    ours = _times(rows, "cuda")
+    lines = ["| row | forward, x bound | neighbours | backward, x bound | neighbours |", "|---" * 5 + "|"]
+    for name in PROBLEMS:
+        cells = []
+        for which in ("fwd", "bwd"):
+            over = {x: r["ms"] / r["bound_ms"] for (x, p), r in ours.items() if p == which and x.split(":")[0] == name}
+            beside = [f"{x / over[name]:.2f}" for other, x in sorted(over.items()) if other in NEIGHBOURS and name in over]
+            cells += [f"{over[name]:.2f}" if name in over else "-", ", ".join(beside)]
+        if cells[1]:
+            lines.append("| " + " | ".join([f"`{name}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     result = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    print(neighbours(result["rows"]), "\n")
     rows = [r for r in result["rows"] if r["problem"] in PROBLEMS]
     print(comparison(rows, "cuda", BEST_PEER_MS), "\n")
     print(comparison(rows, "cuda_fused", AMPERE_PEER_MS), "\n")
