@@ -56,15 +56,22 @@ def _runtime_ffi_version() -> tuple[int, int] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """What became of loading the extension: ``missing`` says why it cannot be used, ``None`` if it can."""
+    """What became of loading the extension.
+
+    Attributes:
+      missing: why it cannot be used, ``None`` if it can.
+      families, product_families: of neighborhood attention and of the unfused products, in this build.
+    """
 
     missing: str | None
     families: tuple[str, ...] = ()
+    product_families: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.missing is not None:
             return f"CUDA kernels are not available: {self.missing}"
-        return f"CUDA kernels are available: {', '.join(self.families)}"
+        fused, unfused = ", ".join(self.families), ", ".join(self.product_families)
+        return f"CUDA kernels are available: {fused}; for the unfused products {unfused}"
 
 
 @functools.cache
@@ -90,7 +97,7 @@ def lane() -> Lane:
             jax.ffi.register_ffi_target(name, capsule, platform="CUDA")
     except Exception as error:
         return Lane(f"XLA refuses the handlers ({type(error).__name__}: {error})")
-    return Lane(None, tuple(extension.families()))
+    return Lane(None, tuple(extension.families()), tuple(extension.product_families()))
 
 
 def cuda_status() -> str:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from jax_na import _cuda
 from jax_na._cuda import DTYPES, PRODUCT_TARGET
 from jax_na._spec import Spec
 
@@ -19,9 +20,12 @@ Array = Any
 _POINTWISE, _NEIGHBORHOOD, _INVERSE = range(3)  # enum Product
 
 
-def why_not(spec: Spec, dtype: Any, dim: int) -> str | None:
-    """The static reason the kernels cannot serve a product, or ``None``."""
+def why_not(family: str, spec: Spec, dtype: Any, dim: int) -> str | None:
+    """The static reason the kernels of ``family`` cannot serve a product, or ``None``."""
     del dim
+    built = _cuda.lane().product_families  # empty where the lane is missing: then this is lowered for another machine
+    if built and family not in built:
+        return "it is not in this build"
     if str(dtype) not in DTYPES:
         return f"the CUDA kernels serve {', '.join(DTYPES)}, the operands have {dtype}"
     if spec.volume >= 1 << 26:

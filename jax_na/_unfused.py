@@ -82,9 +82,9 @@ def _serves(spec: Spec, dtype: Any, dim: int) -> str | None:
 for _family in ("gemm", "naive"):
     _bound: list[Any] = [
         functools.partial(f, _family)
-        for f in (_cuda_products.pointwise, _cuda_products.neighborhood, _cuda_products.inverse)
+        for f in (_cuda_products.why_not, _cuda_products.pointwise, _cuda_products.neighborhood, _cuda_products.inverse)
     ]
-    register(Products(f"cuda_{_family}", ("cuda",), _cuda_products.why_not, *_bound))
+    register(Products(f"cuda_{_family}", ("cuda",), *_bound))
 register(Products("xla", None, _serves, _unfused_xla.pointwise, _unfused_xla.neighborhood, _unfused_xla.inverse))
 register(
     Products(

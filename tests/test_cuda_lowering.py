@@ -237,8 +237,29 @@ def test_explain_names_the_choice_and_the_reasons(monkeypatch):
     assert explain(platform="cuda", capability=90).why_not["cuda"] == "it was left out"
 
 
-def test_status_is_a_sentence():
+def test_status_is_a_sentence_that_names_every_family_built(monkeypatch):
     assert jax_na.cuda_status().startswith("CUDA kernels are ")
+    monkeypatch.setattr(_cuda, "lane", lambda: _cuda.Lane(None, ("fused", "naive"), ("gemm", "naive")))
+    assert jax_na.cuda_status() == "CUDA kernels are available: fused, naive; for the unfused products gemm, naive"
+
+
+def test_a_family_that_was_left_out_of_the_build_is_not_chosen(monkeypatch):
+    shape = jax.ShapeDtypeStruct((1, 32, 2, 64), jnp.bfloat16)
+
+    def family(**arguments):
+        function = functools.partial(jax_na.na_qk, window_size=5, **arguments)
+        text = jax.jit(function).trace(shape, shape).lower(lowering_platforms=("cuda",)).as_text()
+        return re.search(r'family = "(\w+)"', text)[1]
+
+    monkeypatch.setattr(_cuda, "lane", lambda: _cuda.Lane(None, ("naive",), ("gemm", "naive")))
+    assert family() == "gemm"
+    monkeypatch.setattr(_cuda, "lane", lambda: _cuda.Lane(None, ("naive",), ("naive",)))
+    assert family() == "naive"
+    for call in (family, lambda implementation: lower(Case("1d", (32,), 5), implementation)):
+        with pytest.raises(NotImplementedError, match="'cuda_gemm' cannot serve this call: it is not in this build"):
+            call(implementation="cuda_gemm")
+    with pytest.raises(NotImplementedError, match="'cuda_fused' cannot serve this call: it is not in this build"):
+        lower(Case("1d", (32,), 5), "cuda_fused")
 
 
 @pytest.mark.parametrize(
@@ -250,11 +271,13 @@ def test_an_extension_newer_than_the_runtime_is_refused(monkeypatch, built, runt
         ffi_api_version = staticmethod(lambda: built)
         targets = staticmethod(dict)
         families = staticmethod(lambda: ["naive"])
+        product_families = staticmethod(lambda: ["naive"])
 
     monkeypatch.setattr(_cuda.importlib, "import_module", lambda name: Extension)
     monkeypatch.setattr(_cuda, "_runtime_ffi_version", lambda: runtime)
     lane = _cuda.lane.__wrapped__()
     assert (lane.missing is None) == fits
+    assert (lane.families, lane.product_families) == ((("naive",), ("naive",)) if fits else ((), ()))
     if not fits:
         assert "compiled with XLA's FFI API 0.5 and the installed jaxlib has 0.3" in str(lane)
 

@@ -1,6 +1,9 @@
 // The XLA FFI handlers: one per custom-call target.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "xla/ffi/api/c_api.h"
 
 namespace jax_na {
@@ -15,5 +18,8 @@ XLA_FFI_Error* backward_handler(XLA_FFI_CallFrame* call_frame);
 // jax_na_product (common/product.h): pointwise (per_query, per_key, halo) -> weights; neighborhood (weights, per_key, halo)
 // -> per_query; inverse (weights, per_query, halo) -> per_key
 XLA_FFI_Error* product_handler(XLA_FFI_CallFrame* call_frame);
+
+// The families that compute the products in this module.
+std::vector<std::string> product_families();
 
 }  // namespace jax_na

@@ -34,4 +34,5 @@ NB_MODULE(_cuda_kernels, module) {
         return names;
       },
       "The kernel families in this build.");
+  module.def("product_families", &jax_na::product_families, "The families of the unfused products in this build.");
 }

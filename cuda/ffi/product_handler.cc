@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "common/product.h"
 #include "ffi/dispatch.h"
@@ -45,13 +46,26 @@ namespace ffi = xla::ffi;
 
 using ProductFunction = Status (*)(Product, const Problem&, const ProductBuffers&, const CallOptions&, cudaStream_t);
 
-ProductFunction find_family(std::string_view name) {
+struct ProductFamily {
+  std::string_view name;
+  ProductFunction product;
+};
+
+// Those compiled into this module, in order of preference.
+constexpr ProductFamily kProductFamilies[] = {
 #ifdef JAX_NA_WITH_GEMM
-  if (name == "gemm") return &gemm::product;
+    {"gemm", &gemm::product},
 #endif
 #ifdef JAX_NA_WITH_NAIVE
-  if (name == "naive") return &naive::product;
+    {"naive", &naive::product},
 #endif
+    {{}, nullptr},  // an array needs an entry
+};
+
+ProductFunction find_family(std::string_view name) {
+  for (const ProductFamily& family : kProductFamilies) {
+    if (family.name == name) return family.product;
+  }
   return nullptr;
 }
 
@@ -169,6 +183,14 @@ ffi::Error product(cudaStream_t stream, int32_t ordinal, ffi::AnyBuffer a, ffi::
 }
 
 }  // namespace
+
+std::vector<std::string> product_families() {
+  std::vector<std::string> names;
+  for (const ProductFamily& family : kProductFamilies) {
+    if (family.product != nullptr) names.emplace_back(family.name);
+  }
+  return names;
+}
 
 XLA_FFI_Error* product_handler(XLA_FFI_CallFrame* call_frame) {
   static const auto* const handler = ffi::Ffi::Bind()
