@@ -17,11 +17,12 @@ demo: .venv-demo/installed
 	.venv-demo/bin/python examples/demo.py
 
 test: .venv-test/installed
-	$(INSTALLED) .venv-test/bin/python -m pytest -n 2 tests
+	$(INSTALLED) .venv-test/bin/python -m pytest -n 2 -m "not slow" tests
 
-# The models beside PyTorch models written by others, with the same random weights.
+# The models beside PyTorch models written by others, with the same random weights; and what takes long: a generator at 256 pixels.
 parity: .venv-parity/installed
 	$(INSTALLED) .venv-parity/bin/python -m pytest tests/flax_layers/test_parity.py
+	$(INSTALLED) .venv-parity/bin/python -m pytest -m slow tests/flax_layers
 
 lint: .venv-lint/installed
 	.venv-lint/bin/ruff check .

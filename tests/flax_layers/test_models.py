@@ -181,6 +181,16 @@ def test_stylenat_small(built):
         make(image_size=24, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
+def test_the_ffhq_256_generator_makes_an_image(built):
+    model = built(maker("stylenat_ffhq_256"))
+    assert round(models.count_parameters(model) / 1e6, 2) == GENERATORS["stylenat_ffhq_256"]
+    images = np.asarray(nnx.jit(lambda model, z: model(z))(model, jax.random.normal(jax.random.key(0), (1, 512))))
+    assert images.shape == (1, 256, 256, 3)
+    assert np.isfinite(images).all()
+    assert images.std() > 0
+
+
 def test_stylenat_calls_a_kernel_once_per_layer_and_geometry():
     """Lowered for a GPU: two blocks at 8x8 with one geometry, two each at 16x16 and 32x32 with two."""
     graph, state = nnx.split(abstract_generator())
