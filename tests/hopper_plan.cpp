@@ -1,6 +1,7 @@
 // Host checks of the Hopper plan and geometry, called by test_hopper_plan.py. Each returns an error text, empty if all
 // holds.
 #include <algorithm>
+#include <set>
 #include <string>
 
 #include "fused/geometry.h"
@@ -34,6 +35,48 @@ std::string check_warp_keys(const Axis& axis, int32_t unit, int32_t grid, int32_
   return "";
 }
 
+// What a kWarps kernel relies on beside the boxes of its warps.
+std::string check_small(const Problem& problem, const ForwardPlan& plan, int32_t boxes, int32_t warp_keys) {
+  const SmallPlan& small = plan.small;
+  const int32_t total = small_layout(plan).total_bytes;
+  int32_t coordinates = 0;
+  bool one_tile = true;
+  for (int a = 0; a < kMaxRank; ++a) {
+    coordinates += plan.unit[a] * plan.grid[a];
+    const Axis& axis = problem.axis[a];
+    for (int32_t g = 0; g < axis.dilation; ++g) {
+      const int32_t length = group_length(axis.kv_len, axis.dilation, g), extent = plan.unit[a] * plan.grid[a];
+      for (int32_t first = 0; first < length; first += extent) {
+        const int32_t last = std::min(first + extent, length) - 1;
+        one_tile =
+            one_tile && keys_of_query(axis, length, last).end - keys_of_query(axis, length, first).begin <= plan.kv_box[a];
+      }
+    }
+  }
+  if (warp_keys > kWarpColumns) return "too many keys for a warp";
+  if (coordinates > kMostSmallCoordinates) return "too many coordinates";
+  if (problem.heads % small.item_heads != 0) return "heads do not divide";
+  if (small.item_heads > 1 && (problem.dim != 32 || problem.heads != problem.kv_heads)) return "heads do not share a row";
+  if (small.warps != boxes && small.warps != boxes * small.item_heads) return "wrong number of warps";
+  if (small.warps < boxes * small.item_heads && !one_tile) return "a warp with two heads and several key tiles";
+  if (small.warps > kMostSmallWarps || small.ctas * (small.warps + 1) > kSmallWarpsOfSm) return "too many warps";
+  if (std::min(small.stages, small.q_stages) < 2 || std::max(small.stages, small.q_stages) > kMostSmallStages)
+    return "stages";
+  if (total > kMostSharedBytes || small.ctas * (total + 1024) > kSharedBytesOfSm) return "too much shared memory";
+
+  // Every key of a warp has one column.
+  uint32_t column[kWarpColumns];
+  order_columns(plan, column);
+  std::set<uint32_t> keys;
+  for (int32_t i = 0; i < warp_keys; ++i) {
+    for (int a = 0; a < kMaxRank; ++a)
+      if (int32_t(column[i] >> (8 * a) & 255) >= plan.warp_keys[a] || column[i] >> 24 != 0)
+        return "a column outside the box";
+    keys.insert(column[i]);
+  }
+  return int32_t(keys.size()) == warp_keys ? "" : "a key with two columns";
+}
+
 std::string check(const Problem& problem) {
   if (const char* reason = why_not_forward(problem)) return reason;
   const ForwardPlan plan = plan_forward(problem);
@@ -51,10 +94,10 @@ std::string check(const Problem& problem) {
       if (!error.empty()) return "axis " + std::to_string(a) + ": " + error;
     }
   }
-  if (kernel.dim != problem.dim || rows > kernel.rows_per_consumer() || keys > kernel.num_columns)
-    return "a box is too large";
+  if (kernel.dim != problem.dim || rows > kernel.rows_per_consumer()) return "a box is too large";
+  if (kernel.sharing == Sharing::kWarps) return check_small(problem, plan, consumers, warp_keys);
+  if (keys > kernel.num_columns) return "a key tile is too large";
   if (consumers != (kernel.sharing == Sharing::kPrivate ? 1 : kernel.num_consumers)) return "wrong number of consumers";
-  if (kernel.sharing == Sharing::kWarps && warp_keys > kWarpColumns) return "too many keys for a warp";
   return "";
 }
 

@@ -1,6 +1,8 @@
 // Host side of the Hopper forward pass: plan, tensor maps, parameters, launch.
 #include "forward_sm90.h"
 
+#include <algorithm>
+
 #include "forward_sm90_kernels.h"
 #include "hopper.h"
 #include "plan_sm90.h"
@@ -32,6 +34,21 @@ bool longest_first(const Problem& problem, const ForwardPlan& plan, int64_t inst
   return problem.axis[outermost].causal != 0 && instances * problem.window_volume() * problem.dim * 4 <= kBytes;
 }
 
+SmallForwardParams small_params(const ForwardPlan& plan) {
+  const SmallLayout layout = small_layout(plan);
+  SmallForwardParams small;
+  order_columns(plan, small.column);
+  small.boxes = plan.grid[0] * plan.grid[1] * plan.grid[2];
+  small.warps = plan.small.warps;
+  small.stages = plan.small.stages;
+  small.q_stages = plan.small.q_stages;
+  small.q_slot_bytes = layout.q_slot_bytes;
+  small.kv_slot_bytes = layout.kv_slot_bytes;
+  small.ctas = plan.small.ctas;
+  small.shared_bytes = layout.total_bytes;
+  return small;
+}
+
 }  // namespace
 
 Status forward(const Problem& problem, const ForwardBuffers& buffers, const CallOptions& options, cudaStream_t stream) {
@@ -43,7 +60,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   if (plan.kernel < 0) return Status::error("the Hopper kernels have no tile plan for this problem");
   const KernelShape& kernel = kForwardKernels[plan.kernel];
 
-  ForwardParams params;
+  ForwardParams params{};
   int32_t q_len[kMaxRank], kv_len[kMaxRank];
   int32_t q_box[kMaxRank];  // of one load
   int64_t num_items = problem.batch * problem.heads;
@@ -67,6 +84,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     tiles_of_group *= tiles;
     num_items *= int64_t(tiles) * axis.dilation;
   }
+  num_items /= plan.small.item_heads;
   if (num_items == 0) return Status();
   if (num_items >= int64_t(1) << 31) return Status::error("the Hopper kernels count query tiles in 31 bits");
   params.num_items = int32_t(num_items);
@@ -75,12 +93,15 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   params.halo = problem.sharded ? buffers.halo : nullptr;
   params.rank = problem.rank;
   params.heads = FastDivisor(problem.heads);
+  params.item_heads = plan.small.item_heads;
+  params.head_groups = FastDivisor(problem.heads / plan.small.item_heads);
   params.heads_per_kv = FastDivisor(problem.heads / problem.kv_heads);
   params.take_turns = plan.take_turns;
   params.scale = problem.scale;
   params.out = buffers.out;
   params.lse = buffers.lse;
   params.rows = make_row_problem(problem, buffers);
+  if (kernel.sharing == Sharing::kWarps) params.small = small_params(plan);
 
   if (!make_token_layout(&params.q_layout, problem, q_len, q_box, problem.heads, problem.dim) ||
       !make_token_layout(&params.kv_layout, problem, kv_len, plan.kv_box, problem.kv_heads, problem.dim)) {
@@ -91,8 +112,8 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   }
   const CUtensorMapDataType type =
       options.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUtensorMapSwizzle swizzle = problem.dim == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
-  const int32_t row_elements = problem.dim == 32 ? 32 : 64;
+  const int32_t row_elements = std::min(problem.dim * plan.small.item_heads, 64);
+  const CUtensorMapSwizzle swizzle = row_elements == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
   const auto map = [&](CUtensorMap* result, const TokenLayout& layout, const void* base, const int32_t (&lengths)[kMaxRank],
                        int32_t heads, const int32_t (&box)[kMaxRank]) {
     return make_token_map(result, layout, base, type, 2, problem.batch, lengths, heads, problem.dim, box, row_elements,

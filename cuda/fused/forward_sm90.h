@@ -24,6 +24,16 @@
 namespace jax_na::hopper {
 
 // ---- parameters ----
+// Of the kernels for small windows alone.
+struct SmallForwardParams {
+  uint32_t column[kWarpColumns];  // the key of a warp's box that stands there, eight bits an axis, or kNoRow
+  int32_t boxes, warps;           // consumers of a query tile; consumer warps, one a box or one a box and head
+  int32_t stages, q_stages;
+  int32_t q_slot_bytes, kv_slot_bytes;
+  int32_t ctas;  // of an SM
+  int32_t shared_bytes;
+};
+
 struct ForwardParams {
   CUtensorMap q_map, k_map,
       v_map;  // q_map: boxes of one warpgroup's queries, or of a tile's (kWarps); k_map, v_map: boxes of one key tile
@@ -40,7 +50,9 @@ struct ForwardParams {
   FastDivisor tiles[kMaxRank];    // query tiles per dilation group
   FastDivisor groups[kMaxRank];   // dilation
   FastDivisor heads;
+  FastDivisor head_groups;  // heads / item_heads
   FastDivisor heads_per_kv;
+  int32_t item_heads;         // heads of a query tile; more than one in the kernels for small windows only
   int32_t num_items;          // batch x heads x groups x tiles
   FastDivisor longest_first;  // if not 1: batch x heads x groups, and the last tiles of all of them come first
   // Consumers of a shared key tile take turns at the tensor cores, so that the softmax of one runs under the products of
@@ -50,6 +62,7 @@ struct ForwardParams {
   void* out;        // [batch, axes, heads, dim]
   float* lse;       // [batch, axes, heads]
   RowProblem rows;  // of the same call
+  SmallForwardParams small;
 };
 
 template <typename T_, int kDim_, int kN_, int kConsumers_, Sharing kSharing_, int kStages_, int kQStages_>
@@ -117,7 +130,7 @@ struct ProducerStorage {
   alignas(16) RowInfo row[kRings][kRowSlots][kRows];
   alignas(16) TileInfo tile[kRings][kStages];
   alignas(16) WindowRange range[kRings][kMaxRank][kConsumers];
-  uint32_t row_offset[kRows];  // of a row from `first`, eight bits an axis; bit 24: not a row of the box
+  uint32_t row_offset[kRows];  // of a row from `first`, eight bits an axis, or kNoRow: not a row of the box
   ItemInfo item[kRings][kQStages];
   alignas(8) uint64_t q_full[kRings][kQStages], q_empty[kRings][kQStages];
   uint64_t k_full[kRings][kStages], k_empty[kRings][kStages];
@@ -154,15 +167,19 @@ struct ProducerStorage {
   }
 };
 
+// Three numbers of eight bits, and a bit that says there are none.
+constexpr uint32_t kNoRow = 1u << 24;
+__device__ __forceinline__ int entry(uint32_t packed, int a) { return packed >> (8 * a) & 255; }
+
 // Row `row` of the query tile: its window and its token.
 __device__ __forceinline__ RowInfo describe_row(const ForwardParams& params, const ItemInfo& item, uint32_t row_offset) {
   RowInfo row;
-  bool exists = row_offset >> 24 == 0;
+  bool exists = row_offset < kNoRow;
   int32_t token = item.batch;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
     const GroupAxis group = item.group[a];
-    int32_t ordinal = item.first[a] + ((row_offset >> (8 * a)) & 255);
+    int32_t ordinal = item.first[a] + entry(row_offset, a);
     exists = exists && ordinal < group.q_count;
     ordinal = min(ordinal, group.q_count - 1);
     row.keys[a] = keys_of_query(params.axis[a], group.length, group.q_base + ordinal);
@@ -211,7 +228,7 @@ __device__ __forceinline__ ItemPlace item_place(const ForwardParams& params, uin
     const int32_t r = params.groups[a].split(n);
     place.residue = a == axis ? r : place.residue;
   }
-  place.head = params.heads.split(n);
+  place.head = params.head_groups.split(n) * params.item_heads;
   place.batch = n;
   return place;
 }
@@ -235,8 +252,6 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
   using namespace sm90;
   constexpr int kRingConsumers = Config::kRingConsumers;
   constexpr int kRowElements = Config::kRowElements;
-  constexpr bool kOneBox = Config::kSharing == Sharing::kWarps;  // one load for the queries of all consumers
-  constexpr int kRows = Config::kM * Config::kRingConsumers;
   auto& record = smem.record;
   const int lane = threadIdx.x % 32;
   const uint32_t num_queries =
@@ -281,12 +296,6 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
     } else if (lane % 4 < kMaxRank && consumer >= 0 && consumer < kRingConsumers) {
       record.range[ring][axis][consumer] = own_range;
     }
-    if constexpr (kOneBox) {  // the warps of small windows have no time for their rows; warpgroups do that under a product
-      __syncwarp();
-      for (int row = lane; row < kRows; row += 32) {
-        record.row[ring][q_at.slot][row] = describe_row(params, item, record.row_offset[row]);
-      }
-    }
     int32_t num_tiles[kMaxRank], begin[kMaxRank], key[kMaxRank];
 #pragma unroll
     for (int a = 0; a < kMaxRank; ++a) {
@@ -305,7 +314,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
     uint64_t* const q_full = &record.q_full[ring][q_at.slot];
     mbarrier_arrive_expect_tx(q_full, q_bytes);
 #pragma unroll
-    for (int w = 0; w < (kOneBox ? 1 : kRingConsumers); ++w) {
+    for (int w = 0; w < kRingConsumers; ++w) {
       int32_t x[kMaxRank];
 #pragma unroll
       for (int a = 0; a < kMaxRank; ++a) {
@@ -578,12 +587,13 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 // over the tiles would cost the loop its registers, so the rows are not remembered but looked for, and only if there was
 // one. PERF: all of it inlined. A kernel that has a call takes 2 to 3 us longer for every query tile, even if it is never
 // made (H200: 1d-16k-w512 0.508 to 0.598 ms, causal D 128 0.493 to 0.531).
-template <typename Config>
-__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, int ring) {
-  using T = typename Config::T;
+// row_offset: of the warp's 16 rows, more by `bases` than describe_row takes it; its items: from `first` on, in steps.
+template <typename T, int kDim>
+__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, uint32_t bases,
+                                                   int first, int step) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
-  for (int index = blockIdx.x * Config::kRings + ring; index < params.num_items; index += gridDim.x * Config::kRings) {
+  for (int index = first; index < params.num_items; index += step) {
     ItemInfo item;
     bool exists = true;
     for (int a = 0; a < kMaxRank; ++a) {
@@ -594,14 +604,13 @@ __device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, 
       item.batch = place.batch;
       exists = exists && item.first[a] < item.group[a].q_count;
     }
-    for (int i = 0; exists && i < 16; ++i) {
-      const int32_t token = describe_row(params, item, row_offset[i]).token;
+    for (int i = 0; exists && i < 16 * params.item_heads; ++i) {
+      const int32_t token = describe_row(params, item, row_offset[i % 16] - bases).token, head = item.head + i / 16;
       if (token < 0) continue;
-      const int64_t row = int64_t(token) * params.heads.divisor + item.head;
+      const int64_t row = int64_t(token) * params.heads.divisor + head;
       bool nan = false;
-      for (int d = lane; d < Config::kDim; d += 32)
-        nan |= isnan(float(static_cast<const T*>(params.out)[row * Config::kDim + d]));
-      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, token, item.head);
+      for (int d = lane; d < kDim; d += 32) nan |= isnan(float(static_cast<const T*>(params.out)[row * kDim + d]));
+      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, token, head);
     }
   }
 }
@@ -837,7 +846,10 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   float inverse[2];
   finish(warp_rows + lane / 4, inverse);
   store(warp_rows + lane / 4, inverse);
-  if (nan_seen) recompute_nan_rows<Config>(params, &record.row_offset[64 * member + 16 * warp], ring);
+  if (nan_seen) {
+    recompute_nan_rows<T, kDim>(params, &record.row_offset[64 * member + 16 * warp], 0, blockIdx.x * Config::kRings + ring,
+                                gridDim.x * Config::kRings);
+  }
 }
 
 // ---- kernel ----

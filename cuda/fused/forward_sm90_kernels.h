@@ -21,11 +21,11 @@ template <typename T>
 struct ForwardKernel<T, 3> : ForwardConfig<T, 128, 128, 2, Sharing::kShared, 2, 2> {};
 template <typename T>
 struct ForwardKernel<T, 4> : ForwardConfig<T, 256, 64, 2, Sharing::kShared, 2, 1> {};
-// Small windows:                                         dim, columns, warps, stages, CTAs of an SM
+// Small windows:
 template <typename T>
-struct ForwardKernel<T, 5> : SmallForwardConfig<T, 32, 208, 4, 2, 3> {};
+struct ForwardKernel<T, 5> : SmallForwardConfig<T, 32> {};
 template <typename T>
-struct ForwardKernel<T, 6> : SmallForwardConfig<T, 64, 208, 12, 3, 1> {};
+struct ForwardKernel<T, 6> : SmallForwardConfig<T, 64> {};
 
 template <typename Config>
 constexpr bool config_matches(const KernelShape& shape) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -18,11 +19,12 @@ namespace {
 // What the tiles of one axis add up to, over all dilation groups. The sums over axes multiply, because tiles are products
 // of intervals.
 struct AxisCost {
-  double tiles = 0;    // query tiles of a CTA
-  double loads = 0;    // key tiles loaded by a CTA
-  double visits = 0;   // key tiles multiplied by a consumer, summed over the consumers on this axis
-  double full = 0;     // of those, the ones inside every row's window
-  int32_t widest = 0;  // keys that a consumer's queries see, at most
+  double tiles = 0;          // query tiles of a CTA
+  double loads = 0;          // key tiles loaded by a CTA
+  double visits = 0;         // key tiles multiplied by a consumer, summed over the consumers on this axis
+  double full = 0;           // of those, the ones inside every row's window
+  int32_t widest = 0;        // keys that a consumer's queries see, at most
+  int32_t widest_union = 0;  // keys that a tile's queries see, at most
 };
 
 int32_t tokens_per_group(int32_t length, int32_t dilation) { return (length + dilation - 1) / dilation; }
@@ -44,6 +46,7 @@ AxisCost axis_cost(const Axis& axis, bool sharded, int32_t q_box, int32_t consum
       const int32_t begin = keys_of_query(axis, length, first).begin;
       const int32_t end = keys_of_query(axis, length, last).end;
       sum.tiles += 1;
+      total.widest_union = std::max(total.widest_union, end - begin);
       sum.loads += (end - begin + kv_box - 1) / kv_box;
       for (int32_t w = 0; w < consumers; ++w) {
         const int32_t w_first = first + w * q_box;
@@ -65,7 +68,10 @@ AxisCost axis_cost(const Axis& axis, bool sharded, int32_t q_box, int32_t consum
     total.visits += groups * sum.visits;
     total.full += groups * sum.full;
   }
-  if (sharded) total.widest = axis.window + q_box + axis.stride - 2;
+  if (sharded) {
+    total.widest = axis.window + q_box + axis.stride - 2;
+    total.widest_union = axis.window + q_box * consumers + axis.stride - 2;
+  }
   return total;
 }
 
@@ -85,6 +91,7 @@ class AxisCosts {
     return std::min(length, axis_.window + q_box * consumers + axis_.stride - 2 + (axis_.stride > 1 ? axis_.stride : 0));
   }
   int32_t queries() const { return tokens_per_group(axis_.q_len, axis_.dilation); }
+  int32_t keys() const { return tokens_per_group(axis_.kv_len, axis_.dilation); }
   // Largest box TMA can read on this axis.
   int32_t largest_box() const { return axis_.dilation <= 8 ? 255 / axis_.dilation + 1 : 256; }
 
@@ -97,34 +104,81 @@ class AxisCosts {
 // Weights of the cost model, in key columns of 64 rows.
 // PERF: relative times, from the arithmetic of a tile (see DESIGN.md); measured on an H200 only through the plans they
 // choose.
-constexpr double kTileOverhead = 16;     // per key tile: barriers, row maximum, rescaling
-constexpr double kMaskShare = 0.45;      // of a tile's columns, where a mask is applied
-constexpr double kItemOverhead = 100;    // per query tile: prologue and epilogue
-constexpr double kWarpColumnCost = 2.2;  // a column of mma.sync, masked, against one of wgmma, not masked
-constexpr double kTurnShare = 0.86;      // of its consumers use a key tile: below, turns cost more than they gain
-constexpr double kLoadShare = 1.33;      // loading a column from L2, against multiplying it with 64 rows
+constexpr double kTileOverhead = 16;   // per key tile: barriers, row maximum, rescaling
+constexpr double kMaskShare = 0.45;    // of a tile's columns, where a mask is applied
+constexpr double kItemOverhead = 100;  // per query tile: prologue and epilogue
+constexpr double kTurnShare = 0.86;    // of its consumers use a key tile: below, turns cost more than they gain
+constexpr double kLoadShare = 1.33;    // loading a column from L2, against multiplying it with 64 rows
 
 double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const int32_t (&kv_box)[kMaxRank],
-                 int32_t num_consumers, double* columns) {
+                 int32_t num_consumers) {
   const double n = kernel.num_columns;
   const double visits = c[0].visits * c[1].visits * c[2].visits;
   const double loads = c[0].loads * c[1].loads * c[2].loads;
   const double consumers = c[0].tiles * c[1].tiles * c[2].tiles * num_consumers;
-  double compute;
-  if (kernel.sharing == Sharing::kWarps) {
-    int32_t keys = 1;
-    for (int a = 0; a < kMaxRank; ++a) keys *= std::min(kv_box[a], c[a].widest);
-    if (keys > kWarpColumns) return std::numeric_limits<double>::infinity();
-    *columns = keys <= 64 ? 64 : kWarpColumns;
-    compute = (visits * (*columns * kWarpColumnCost + 2 * kTileOverhead) + consumers * kItemOverhead) / 4;
-  } else {
-    *columns = n;
-    // Columns past the box need a mask.
-    const double full = kv_box[0] * kv_box[1] * kv_box[2] == n ? c[0].full * c[1].full * c[2].full : 0;
-    compute = visits * (n + kTileOverhead) + (visits - full) * n * kMaskShare + consumers * kItemOverhead;
-  }
+  // Columns past the box need a mask.
+  const double full = kv_box[0] * kv_box[1] * kv_box[2] == n ? c[0].full * c[1].full * c[2].full : 0;
+  const double compute = visits * (n + kTileOverhead) + (visits - full) * n * kMaskShare + consumers * kItemOverhead;
   const double load = loads * kv_box[0] * kv_box[1] * kv_box[2] * kLoadShare;
   return std::max(compute, load) + 0.15 * std::min(compute, load);
+}
+
+// Kernels for small windows, in cycles of an SM.
+// PERF: fitted to measured plans of the small windows of the benchmark (H200).
+constexpr int32_t kSms = 132;             // as if it were an H100 or H200
+constexpr double kCyclesPerColumn = 8.5;  // of a `wgmma` kernel, as they count
+constexpr double kStartCycles = 6000;     // of a launch
+constexpr double kRoundCycles = 500;      // waiting at the ends of an item
+constexpr double kRowCycles = 5;          // TMA, a row of 64 or 128 bytes
+constexpr double kPlaceCycles = 2000;     // the producer, an item
+constexpr double kRecordCycles = 300;     // and 32 rows of records, of an item or a key tile
+// A warp over its columns with one head: of the SM, if there are enough warps, and till it is done.
+constexpr double pass_cycles(int32_t dim, double columns) {
+  return 150 + 2.75 * columns + (dim / 32 - 1) * (10 + 0.5 * columns);
+}
+constexpr double pass_latency(int32_t dim, double columns) { return (1600 + 22 * columns) * (1 + 0.85 * (dim / 32 - 1)); }
+
+// Chooses the stages of a plan of a kWarps kernel. False if it does not fit.
+bool allot_shared_memory(ForwardPlan* plan, bool one_tile) {
+  for (int32_t stages = one_tile ? 2 : kMostSmallStages; stages >= 2; --stages) {
+    plan->small.stages = stages;
+    plan->small.q_stages = 2;
+    const int32_t bytes = small_layout(*plan).total_bytes;
+    if (bytes <= kMostSharedBytes && (bytes + 1024) * plan->small.ctas <= kSharedBytesOfSm) return true;
+  }
+  return false;
+}
+
+double small_cost(const Problem& problem, const AxisCost (&c)[kMaxRank], const ForwardPlan& plan, bool one_tile,
+                  double columns) {
+  const SmallPlan& small = plan.small;
+  int32_t boxes = 1, queries = 1, keys = 1, places = 1;
+  for (int a = 0; a < kMaxRank; ++a) {
+    const int32_t extent = plan.unit[a] * plan.grid[a];
+    boxes *= plan.grid[a];
+    queries *= extent;
+    keys *= plan.kv_box[a];
+    places *= (tokens_per_group(problem.axis[a].q_len, problem.axis[a].dilation) + extent - 1) / extent *
+              problem.axis[a].dilation;
+  }
+  const double tiles = c[0].tiles * c[1].tiles * c[2].tiles, loads = c[0].loads * c[1].loads * c[2].loads / tiles;
+  const double instances = double(problem.batch) * problem.heads;
+  const int32_t ctas = aligned_ctas(kSms * small.ctas, places);
+  const double rounds = std::ceil(tiles * instances / small.item_heads / ctas);
+  // CTAs that stay at their places keep the records, and a whole tile is always whole.
+  const bool stays = one_tile && ctas % places == 0;
+  const double visits = stays ? boxes : c[0].visits * c[1].visits * c[2].visits / tiles;
+  const double passes = visits * small.item_heads;
+  const double compute = std::max(small.ctas * passes * pass_cycles(problem.dim, columns),
+                                  passes / small.warps * pass_latency(problem.dim, columns));
+  // Warps whose keys lie in tiles that are not under way wait.
+  const double idle = std::max(1.0, loads / (visits / boxes + small.stages - 1));
+  const double load = small.ctas * (queries + 2 * loads * keys) * kRowCycles;
+  const double rows = kRecordCycles * ((boxes + 1) / 2);  // records of an item, or of a key tile
+  const double records = kPlaceCycles + (stays ? 0 : rows * (1 + loads));
+  const double exposed = stays ? 0 : 0.25 * (kPlaceCycles + rows * 2);
+  const double round = std::max({compute * idle, load, records}) + 0.1 * load + exposed + kRoundCycles;
+  return (rounds * round + kStartCycles) / kCyclesPerColumn * kSms / instances;
 }
 
 // Extents worth trying on an axis: every one up to ten, then even ones.
@@ -144,7 +198,7 @@ std::vector<std::array<int32_t, kMaxRank>> grids(const KernelShape& kernel) {
   std::vector<std::array<int32_t, kMaxRank>> result;
   for (int32_t g0 = 1; g0 <= n; ++g0) {
     for (int32_t g1 = 1; g0 * g1 <= n; ++g1) {
-      if (n % (g0 * g1) == 0) result.push_back({g0, g1, n / (g0 * g1)});
+      for (int32_t g2 = 1; g0 * g1 * g2 <= n; ++g2) result.push_back({g0, g1, g2});
     }
   }
   return result;
@@ -170,17 +224,70 @@ void search_kv_boxes(const Problem& problem, int32_t index, const int32_t (&unit
       n2 = (limit[2] + parts - 1) / parts;
       const AxisCost c[kMaxRank] = {c0, costs[1].get(unit[1], grid[1], n1), costs[2].get(unit[2], grid[2], n2)};
       const int32_t kv_box[kMaxRank] = {n0, n1, n2};
-      double columns = 0;
-      const double cost = plan_cost(kernel, c, kv_box, num_consumers, &columns);
+      const double cost = plan_cost(kernel, c, kv_box, num_consumers);
       if (cost >= best->cost) continue;
+      *best = ForwardPlan();
       best->kernel = index;
       best->cost = cost;
-      best->visited = c[0].visits * c[1].visits * c[2].visits * kernel.rows_per_consumer() * columns /
+      best->visited = c[0].visits * c[1].visits * c[2].visits * kernel.rows_per_consumer() * kernel.num_columns /
                       (double(problem.q_tokens()) * problem.window_volume());
       for (int a = 0; a < kMaxRank; ++a) {
         best->unit[a] = unit[a];
         best->grid[a] = grid[a];
         best->kv_box[a] = kv_box[a];
+      }
+    }
+  }
+}
+
+// The best key box, heads, warps and CTAs for a kWarps kernel, query unit and grid; improves `best`.
+void search_small_plans(const Problem& problem, int32_t index, const int32_t (&unit)[kMaxRank],
+                        const std::array<int32_t, kMaxRank>& grid, std::vector<AxisCosts>& costs, ForwardPlan* best) {
+  const KernelShape& kernel = kForwardKernels[index];
+  ForwardPlan plan;
+  plan.kernel = index;
+  int32_t boxes = 1, coordinates = 0, split = kMaxRank - 1;  // split: the axis whose keys may come in several tiles
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    const int32_t extent = unit[a] * grid[a];
+    if (extent > costs[a].largest_box() || (grid[a] > 1 && unit[a] * (grid[a] - 1) >= costs[a].queries())) return;
+    plan.unit[a] = unit[a];
+    plan.grid[a] = grid[a];
+    plan.kv_box[a] = std::min(costs[a].get(unit[a], grid[a], 1).widest_union, costs[a].keys());
+    boxes *= grid[a];
+    coordinates += extent;
+    if (plan.kv_box[a] > 1) split = a;
+  }
+  if (coordinates > kMostSmallCoordinates) return;
+  for (int a = 0; a < kMaxRank; ++a)
+    if (plan.kv_box[a] > costs[a].largest_box()) return;
+  const bool pairs = problem.dim == 32 && problem.kv_heads == problem.heads && problem.heads % 2 == 0;
+  const int32_t whole = plan.kv_box[split];
+  for (int32_t parts = 1, last = 0; parts <= whole; ++parts) {
+    plan.kv_box[split] = (whole + parts - 1) / parts;
+    if (plan.kv_box[split] == last) continue;
+    last = plan.kv_box[split];
+    int32_t keys = 1;
+    AxisCost c[kMaxRank];
+    for (int a = 0; a < kMaxRank; ++a) {
+      c[a] = costs[a].get(unit[a], grid[a], plan.kv_box[a]);
+      keys *= std::min(plan.kv_box[a], c[a].widest);
+    }
+    if (keys > kernel.num_columns) continue;
+    for (int32_t heads = 1; heads <= (pairs ? 2 : 1); ++heads) {
+      for (int32_t warps = boxes; warps <= boxes * heads && warps <= kernel.num_consumers; warps += boxes) {
+        if (warps < boxes * heads && parts > 1) continue;  // a warp can hold the state of one head
+        for (int32_t ctas = 1; ctas * (warps + 1) <= kSmallWarpsOfSm; ++ctas) {
+          plan.small.item_heads = heads;
+          plan.small.warps = warps;
+          plan.small.ctas = ctas;
+          if (!allot_shared_memory(&plan, parts == 1)) break;
+          const double columns = keys <= 64 ? 64 : keys <= 80 ? 80 : kernel.num_columns;
+          plan.cost = small_cost(problem, c, plan, parts == 1, columns);
+          if (plan.cost >= best->cost) continue;
+          plan.visited = c[0].visits * c[1].visits * c[2].visits * kernel.rows_per_consumer() * columns /
+                         (double(problem.q_tokens()) * problem.window_volume());
+          *best = plan;
+        }
       }
     }
   }
@@ -206,7 +313,13 @@ ForwardPlan search(const Problem& problem) {
           const bool wasteful = m0 * m1 * m2 * 2 < rows && m2 < costs[2].queries() && m2 < costs[2].largest_box();
           if (wasteful) continue;
           const int32_t unit[kMaxRank] = {m0, m1, m2};
-          for (const auto& grid : grids(kernel)) search_kv_boxes(problem, k, unit, grid, costs, &best);
+          for (const auto& grid : grids(kernel)) {
+            if (kernel.sharing == Sharing::kWarps) {
+              search_small_plans(problem, k, unit, grid, costs, &best);
+            } else {
+              search_kv_boxes(problem, k, unit, grid, costs, &best);
+            }
+          }
           if (even == widest) break;
         }
       }
@@ -228,10 +341,15 @@ void complete(const Problem& problem, ForwardPlan* plan) {
   plan->take_turns = problem.dim <= 64 && used >= kTurnShare * consumers;
 }
 
-// For a plan completed: within the limits of its kernel.
+// For a plan completed: within the limits of its kernel. What only an override can break.
 bool fits(const ForwardPlan& plan) {
-  return plan.kernel < 0 || kForwardKernels[plan.kernel].sharing != Sharing::kWarps ||
-         plan.warp_keys[0] * plan.warp_keys[1] * plan.warp_keys[2] <= kWarpColumns;
+  if (plan.kernel < 0 || kForwardKernels[plan.kernel].sharing != Sharing::kWarps) return true;
+  const SmallPlan& small = plan.small;
+  const int32_t total = small_layout(plan).total_bytes, boxes = plan.grid[0] * plan.grid[1] * plan.grid[2];
+  return small.warps > 0 && small.warps % boxes == 0 &&
+         plan.warp_keys[0] * plan.warp_keys[1] * plan.warp_keys[2] <= kWarpColumns && small.warps <= kMostSmallWarps &&
+         small.stages > 0 && small.stages <= kMostSmallStages && total <= kMostSharedBytes &&
+         (total + 1024) * small.ctas <= kSharedBytesOfSm && (small.warps + 1) * small.ctas <= kSmallWarpsOfSm;
 }
 
 std::string key_of(const Problem& p) {
@@ -248,9 +366,11 @@ std::string key_of(const Problem& p) {
 
 void apply_override(const char* text, ForwardPlan* plan) {
   ForwardPlan p;
-  const int fields = std::sscanf(text, "%d:%d,%d,%d:%d,%d,%d:%d,%d,%d", &p.kernel, &p.unit[0], &p.unit[1], &p.unit[2],
-                                 &p.grid[0], &p.grid[1], &p.grid[2], &p.kv_box[0], &p.kv_box[1], &p.kv_box[2]);
-  if (fields == 10) *plan = p;
+  const int fields = std::sscanf(text, "%d:%d,%d,%d:%d,%d,%d:%d,%d,%d:%d,%d,%d,%d,%d", &p.kernel, &p.unit[0], &p.unit[1],
+                                 &p.unit[2], &p.grid[0], &p.grid[1], &p.grid[2], &p.kv_box[0], &p.kv_box[1], &p.kv_box[2],
+                                 &p.small.item_heads, &p.small.warps, &p.small.stages, &p.small.ctas, &p.small.q_stages);
+  if (fields == 14) p.small.q_stages = p.small.stages;
+  if (fields == 10 || fields >= 14) *plan = p;
 }
 
 }  // namespace
@@ -274,20 +394,76 @@ const char* why_not_forward(const Problem& problem) {
   return nullptr;
 }
 
+static std::string describe_small(const ForwardPlan& plan) {
+  const SmallPlan& small = plan.small;
+  char text[320];
+  std::snprintf(text, sizeof(text),
+                "hopper forward: kernel %d, D %d, boxes of %dx%dx%d queries and %dx%dx%d keys as %dx%dx%d, key tiles of "
+                "%dx%dx%d, heads at a time %d, %d CTAs of %d warps, stages %d, visited %.2f",
+                plan.kernel, kForwardKernels[plan.kernel].dim, plan.unit[0], plan.unit[1], plan.unit[2], plan.warp_keys[0],
+                plan.warp_keys[1], plan.warp_keys[2], plan.grid[0], plan.grid[1], plan.grid[2], plan.kv_box[0],
+                plan.kv_box[1], plan.kv_box[2], small.item_heads, small.ctas, small.warps, small.stages, plan.visited);
+  return text;
+}
+
 std::string describe(const ForwardPlan& plan) {
   if (plan.kernel < 0) return "no plan";
   const KernelShape& kernel = kForwardKernels[plan.kernel];
-  const char* consumer = kernel.sharing == Sharing::kWarps     ? "warps"
-                         : kernel.sharing == Sharing::kPrivate ? "independent warpgroups"
-                                                               : "warpgroups";
+  if (kernel.sharing == Sharing::kWarps) return describe_small(plan);
+  const char* consumer = kernel.sharing == Sharing::kPrivate ? "independent warpgroups" : "warpgroups";
   char text[320];
   std::snprintf(text, sizeof(text),
                 "hopper forward: kernel %d, D %d, %d %s of %dx%dx%d queries as %dx%dx%d, key tiles of %dx%dx%d (of %d), "
-                "keys of a consumer %dx%dx%d, visited %.2f",
+                "visited %.2f",
                 plan.kernel, kernel.dim, kernel.num_consumers, consumer, plan.unit[0], plan.unit[1], plan.unit[2],
                 plan.grid[0], plan.grid[1], plan.grid[2], plan.kv_box[0], plan.kv_box[1], plan.kv_box[2],
-                kernel.num_columns, plan.warp_keys[0], plan.warp_keys[1], plan.warp_keys[2], plan.visited);
+                kernel.num_columns, plan.visited);
   return text;
+}
+
+SmallLayout small_layout(const ForwardPlan& plan) {
+  int32_t boxes = 1, queries = 1, keys = 1;
+  for (int a = 0; a < kMaxRank; ++a) {
+    boxes *= plan.grid[a];
+    queries *= plan.unit[a] * plan.grid[a];
+    keys *= plan.kv_box[a];
+  }
+  const int32_t row_bytes = kForwardKernels[plan.kernel].dim * 2 * plan.small.item_heads;
+  const auto slot = [&](int32_t rows) { return (rows * row_bytes + 1023) / 1024 * 1024; };  // the swizzle repeats
+  const int32_t per_row = 16 * plan.small.stages + 4 * plan.small.q_stages;                 // masks and tokens
+  SmallLayout result;
+  result.q_slot_bytes = slot(queries);
+  result.kv_slot_bytes = slot(keys);
+  result.total_bytes = 1024 + plan.small.q_stages * result.q_slot_bytes + 2 * plan.small.stages * result.kv_slot_bytes +
+                       kSmallRecordBytes + 16 * boxes * per_row;
+  return result;
+}
+
+int32_t aligned_ctas(int32_t ctas, int32_t places) {
+  const int32_t rest = ctas % places;
+  return 8 * rest < ctas ? ctas - rest : ctas;
+}
+
+void order_columns(const ForwardPlan& plan, uint32_t (&column)[kWarpColumns]) {
+  std::vector<uint32_t> keys_of_bank[8];
+  for (int32_t i0 = plan.warp_keys[0] - 1; i0 >= 0; --i0) {
+    for (int32_t i1 = plan.warp_keys[1] - 1; i1 >= 0; --i1) {
+      for (int32_t i2 = plan.warp_keys[2] - 1; i2 >= 0; --i2) {
+        keys_of_bank[((i0 * plan.kv_box[1] + i1) * plan.kv_box[2] + i2) % 8].push_back(i0 | i1 << 8 | i2 << 16);
+      }
+    }
+  }
+  int32_t rank[8] = {0, 1, 2, 3, 4, 5, 6, 7};  // banks, the one with most keys left first
+  for (int i = 0; i < kWarpColumns; ++i) {
+    if (i % 8 == 0) {
+      std::stable_sort(rank, rank + 8,
+                       [&](int32_t x, int32_t y) { return keys_of_bank[x].size() > keys_of_bank[y].size(); });
+    }
+    std::vector<uint32_t>* keys = &keys_of_bank[rank[i % 8]];
+    for (int r = 0; r < 8 && keys->empty(); ++r) keys = &keys_of_bank[rank[r]];
+    column[i] = keys->empty() ? 1u << 24 : keys->back();
+    if (!keys->empty()) keys->pop_back();
+  }
 }
 
 ForwardPlan plan_forward(const Problem& problem) {

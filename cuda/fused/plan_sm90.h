@@ -22,8 +22,8 @@ enum class Sharing : int32_t {
 // What a forward kernel fixes.
 struct KernelShape {
   int32_t dim;
-  int32_t num_columns;    // key tokens of a tile
-  int32_t num_consumers;  // warpgroups, or warps
+  int32_t num_columns;    // key tokens of a tile; kWarps: of a warp
+  int32_t num_consumers;  // warpgroups; kWarps: warps, at most
   Sharing sharing;
 
   constexpr int32_t rows_per_consumer() const { return sharing == Sharing::kWarps ? 16 : 64; }
@@ -36,13 +36,30 @@ constexpr KernelShape kForwardKernels[] = {
     {64, 208, 2, Sharing::kShared},   // thin slabs of 14x14 keys
     {128, 128, 2, Sharing::kShared},  // the FlashAttention-3 shape
     {256, 64, 2, Sharing::kShared},   // output accumulators leave no room for more columns
-    {32, 208, 4, Sharing::kWarps},    // NAT: 4x4 queries and their 10x10 keys, of 14x14 in the tile
-    {64, 208, 12, Sharing::kWarps},   // small windows of videos
+    {32, 112, 15, Sharing::kWarps},   // NAT: 2x7 or 4x4 queries and their 8x10 or 10x10 keys, out of any tile
+    {64, 112, 15, Sharing::kWarps},   // small windows of videos
 };
 constexpr int kNumForwardKernels = sizeof(kForwardKernels) / sizeof(kForwardKernels[0]);
 
-// Keys of a tile that one warp of a kWarps kernel can multiply with.
-constexpr int kWarpColumns = 112;
+// Limits of the kWarps kernels.
+constexpr int kWarpColumns = 112;          // keys of a tile that one warp can multiply with
+constexpr int kMostSmallWarps = 15;        // consumers of a CTA
+constexpr int kSmallWarpsOfSm = 16;        // all warps of an SM, for want of registers
+constexpr int kMostSmallStages = 4;        // query tiles, key tiles under way
+constexpr int kMostSmallCoordinates = 96;  // extents of a query tile, added up
+constexpr int kSmallRecordBytes = 7424;    // sizeof(SmallForwardRecords) or more
+
+constexpr int kMostSharedBytes = 232448;  // of a CTA
+constexpr int kSharedBytesOfSm = 233472;  // 1 KiB of which every CTA needs for itself
+
+// What else the plan of a kWarps kernel holds.
+struct SmallPlan {
+  int32_t item_heads = 1;  // heads of a query tile: 2 share rows of 128 bytes at head dimension 32
+  int32_t warps = 1;       // consumers of a CTA: one for a box, or one for a box and head
+  int32_t q_stages = 0;    // query tiles in flight
+  int32_t stages = 0;      // key tiles in flight
+  int32_t ctas = 1;        // of an SM
+};
 
 struct ForwardPlan {
   int32_t kernel = -1;                      // index in kForwardKernels
@@ -51,6 +68,7 @@ struct ForwardPlan {
   int32_t kv_box[kMaxRank] = {1, 1, 1};     // keys of a tile
   bool take_turns = true;                   // at the tensor cores: forward_sm90.h
   int32_t warp_keys[kMaxRank] = {1, 1, 1};  // kWarps: keys of a tile that one consumer multiplies with, at most
+  SmallPlan small;                          // kWarps
   // Of one batch entry and head, predicted:
   double cost = 0;     // key columns of 64 rows
   double visited = 0;  // products computed / useful ones
@@ -60,8 +78,23 @@ struct ForwardPlan {
 const char* why_not_forward(const Problem& problem);
 
 // The cheapest plan, remembered per problem. kernel < 0: no plan (see why_not_forward). JAX_NA_EXPLAIN=1 prints it, once
-// per problem; JAX_NA_HOPPER_PLAN=kernel:u0,u1,u2:g0,g1,g2:n0,n1,n2 overrides it in experiments.
+// per problem; JAX_NA_HOPPER_PLAN=kernel:u0,u1,u2:g0,g1,g2:n0,n1,n2[:heads,warps,stages,CTAs] overrides it in experiments.
 ForwardPlan plan_forward(const Problem& problem);
+
+// Shared memory of a CTA of a kWarps kernel.
+struct SmallLayout {
+  int32_t q_slot_bytes, kv_slot_bytes;  // of a query tile; of a key tile, keys or values
+  int32_t total_bytes;                  // 1 KiB for the alignment included
+};
+SmallLayout small_layout(const ForwardPlan& plan);
+
+// CTAs of a kWarps kernel, of so many that the GPU holds, for a number of places (query tiles of all dilation groups): a
+// multiple of it, if that leaves few out, so that a CTA's items all lie at the same place.
+int32_t aligned_ctas(int32_t ctas, int32_t places);
+
+// The order of a warp's keys in its columns: eight bits an axis, 1 << 24 behind the last key. Eight keys that are read
+// together lie in eight different groups of banks as far as possible.
+void order_columns(const ForwardPlan& plan, uint32_t (&column)[kWarpColumns]);
 
 std::string describe(const ForwardPlan& plan);
 

@@ -3,7 +3,7 @@
 // never read. So a row that comes out with a NaN is computed again from what it sees, unless that is NaN by itself.
 //
 // Lane l holds elements l, l + 32, ... of a head dimension. Within loops nothing here is inlined: the kernels keep their
-// registers. After the loop of a `wgmma` kernel all of it has to be, see recompute_nan_rows.
+// registers. After the loop of a forward kernel all of it has to be, see recompute_nan_rows.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -187,22 +187,6 @@ __device__ __forceinline__ void recompute_out(const RowProblem& p, int32_t query
     return !out.all_nan(p.dim);
   });
   out.store<T>(p.out, row, p.dim, sum == 0.0f ? 0.0f : __fdividef(1.0f, sum));
-}
-
-// By all lanes of a warp, after its own stores. nan: of this lane's two rows, tokens of [batch, axes]; four lanes share
-// them.
-template <typename T>
-__device__ __noinline__ void recompute_out_rows(const RowProblem& p, int2 tokens, int32_t head, uint32_t nan0,
-                                                uint32_t nan1) {
-  __syncwarp();
-  for (int half = 0; half < 2; ++half) {
-    uint32_t nan = half == 0 ? nan0 : nan1;
-    while (nan != 0) {
-      const int lane = __ffs(nan) - 1;
-      recompute_out<T>(p, __shfl_sync(~0u, half == 0 ? tokens.x : tokens.y, lane), head);
-      nan &= ~(15u << (lane & ~3));
-    }
-  }
 }
 
 // grad_query of a query. With a NaN of its own, in lse or delta, it is NaN as it stands.
