@@ -46,6 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), JAX sees {available}"))
 
 
+@pytest.fixture
+def quick_compilation():
+    """Optimizing machine code is half of a compilation on CPU: for tests of what XLA is given. (test_attention.py, the numbers of
+    every implementation, is compiled as users compile.)"""
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def compile_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
     """``compile_library(*sources, flags=())``: host C++, paths from the root of the checkout, with ``cuda/`` to include from."""

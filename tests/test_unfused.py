@@ -16,6 +16,7 @@ from jax_na._spec import Inputs
 from jax_na.testing.cases import CASES, SHORT, Case, random_case
 from jax_na.testing.numerics import relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 CUDA = [name for name in _unfused.PRODUCTS if name.startswith("cuda")]
 IMPLEMENTATIONS = [
     pytest.param("reference"),

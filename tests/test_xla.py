@@ -25,6 +25,7 @@ from jax_na._window import window_bounds
 from jax_na.testing.cases import CASES, Case, random_case
 from jax_na.testing.numerics import relative_error
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BY_NAME = {case.name: case for case in CASES}
 TOLERANCE = 2e-5
 

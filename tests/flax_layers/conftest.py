@@ -12,14 +12,6 @@ from flax_layers._random_state import concrete_random_state
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation():
-    """Optimizing machine code is half of a compilation on CPU; what is tested here is what XLA is given."""
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
 def short_errors(monkeypatch):
     """Flax asks the counter of a random stream for its sharding on every draw. While JAX traces, that raises an AttributeError
     whose message, which nobody sees, lists operations traced so far: nine tenths of the time of ``nnx.eval_shape``."""
@@ -27,7 +19,7 @@ def short_errors(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
+def full_precision(quick_compilation):
     with jax.default_matmul_precision("highest"):
         yield
 
