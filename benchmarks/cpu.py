@@ -2,9 +2,10 @@
 
 Prints, per problem and implementation, milliseconds forward and forward + backward (median), and the memory the compiled
 program needs besides its arguments (XLA's memory analysis: temporaries and outputs); ratios are those of the baseline
-over ours, of the same run. Every implementation runs in its own process. Dense masked attention is left out where its
-scores alone exceed ``--limit`` GiB; where a baseline needs more than that, it is timed on fewer tokens and both times are
-those of the smaller problem, while its memory is that of the whole one, from the compiler.
+over ours, of the same run. Every implementation runs in its own process, and the implementations take turns for
+``--rounds``: the median is over the calls of all rounds, so a slow minute of the machine falls on all of them. Dense masked
+attention is left out where its scores alone exceed ``--limit`` GiB; where a baseline needs more than that, it is timed on
+fewer tokens and both times are those of the smaller problem, while its memory is that of the whole one, from the compiler.
 """
 
 from __future__ import annotations
@@ -70,16 +71,17 @@ def memory(program: Any) -> int:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
-def milliseconds(program: Any, arguments: list[Array], repeats: int) -> float:
+def milliseconds(program: Any, arguments: list[Array], repeats: int) -> list[float]:
+    """Of each call after the first."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         jax.block_until_ready(program(*arguments))
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    return times[1:]
 
 
-def measure(implementation: str, row: Row, first: int, repeats: int) -> dict[str, float]:
+def measure(implementation: str, row: Row, first: int, repeats: int) -> dict[str, list[float]]:
     """Times on ``first`` of the tokens of the first axis, memory of the whole problem."""
     shape = (row.shape[0], first, *row.shape[2:])
     whole = programs(implementation, row.shape, row.window)
@@ -88,12 +90,12 @@ def measure(implementation: str, row: Row, first: int, repeats: int) -> dict[str
     return {
         "fwd": milliseconds(timed[0], arrays[:3], repeats),
         "fwd+bwd": milliseconds(timed[1], arrays, repeats),
-        "fwd MiB": memory(whole[0]) / 2**20,
-        "fwd+bwd MiB": memory(whole[1]) / 2**20,
+        "fwd MiB": [memory(whole[0]) / 2**20],
+        "fwd+bwd MiB": [memory(whole[1]) / 2**20],
     }
 
 
-def in_process(implementation: str, name: str, first: int, repeats: int) -> dict[str, float]:
+def in_process(implementation: str, name: str, first: int, repeats: int) -> dict[str, list[float]]:
     """:func:`measure` in a process of its own: no allocator, thread pool or cache is shared."""
     command = [sys.executable, "-m", "benchmarks.cpu", "--one", implementation, name, str(first), str(repeats)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -106,20 +108,28 @@ def dense_bytes(row: Row) -> int:
     return 4 * row.shape[0] * row.shape[-2] * tokens**2
 
 
-def report(name: str, limit: float) -> None:
+def in_turns(implementations: dict[str, int], name: str, first: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of each implementation over all rounds; ``implementations`` gives the calls of one round."""
+    turns = [{i: in_process(i, name, first, calls) for i, calls in implementations.items()} for _ in range(rounds)]
+    return {
+        i: {key: statistics.median(value for turn in turns for value in turn[i][key]) for key in turns[0][i]}
+        for i in implementations
+    }
+
+
+def report(name: str, limit: float, rounds: int) -> None:
     row = ROWS[name]
     print(f"{name}: {list(row.shape)}, window {'x'.join(map(str, row.window))}, float32", flush=True)
     gather_bytes = memory(programs("gather", row.shape, row.window)[1])
     first = row.shape[1] if gather_bytes < limit * GIB else row.smaller
-    base = in_process("ours", name, first, 5)
-    results = {"ours": base, "gather": in_process("gather", name, first, 2)}
-    if 3 * dense_bytes(row) < limit * GIB:
-        results["dense"] = in_process("dense", name, first, 2)
+    implementations = {"ours": 5, "gather": 2} | ({"dense": 2} if 3 * dense_bytes(row) < limit * GIB else {})
+    results = in_turns(implementations, name, first, rounds)
+    base = results["ours"]
     for implementation, result in results.items():
         cells = (f"{k} {v:9.1f} ({v / base[k]:5.1f}x)" for k, v in result.items())
         print(f"  {implementation:7s} " + "  ".join(cells), flush=True)
     if first != row.shape[1]:
-        again = in_process("ours", name, row.shape[1], 5)
+        again = in_turns({"ours": 5}, name, row.shape[1], 1)["ours"]
         print(f"  times of the first {first} of {row.shape[1]}; all of them, ours: fwd {again['fwd']:.1f}, ", end="")
         print(f"fwd+bwd {again['fwd+bwd']:.1f} ms", flush=True)
 
@@ -128,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated, of {', '.join(ROWS)}")
     parser.add_argument("--limit", type=float, default=6.0, help="GiB that a baseline may need")
+    parser.add_argument("--rounds", type=int, default=3, help="how often the implementations take turns")
     parser.add_argument("--one", nargs=4, metavar=("IMPLEMENTATION", "ROW", "FIRST", "REPEATS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -136,7 +147,7 @@ def main() -> None:
         print(json.dumps(measure(implementation, ROWS[name], int(first), int(repeats))))
         return
     for name in arguments.rows.split(","):
-        report(name, arguments.limit)
+        report(name, arguments.limit, arguments.rounds)
 
 
 if __name__ == "__main__":

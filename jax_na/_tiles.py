@@ -105,7 +105,7 @@ class Plan:
 # --- choosing the tile -----------------------------------------------------------------------------------------------
 
 # Cost of a step in nanoseconds, fitted to two cores of an x86-64 server; only ratios matter, and they matter little.
-_STEP_NS = 50_000.0  # starting the dozen operations of a step
+_STEP_NS = 10_000.0  # starting the two dozen operations of a step
 _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
 _COPY_NS = 0.25  # moving one element of a key or value box

@@ -27,12 +27,6 @@ State = dict[str, Array]
 
 # Shapes in the steps: g, b, h dilation groups, batch entries and key/value heads of the step; r query heads per key/value
 # head; t queries of the tile; k keys of the box; m additional keys.
-_SCORES = "gbhrtd,gbhkd->gbhrtk"
-_VALUES = "gbhrtk,gbhkd->gbhrtd"
-# PERF: of the products of the backward pass only one has to transpose an operand if scores are laid out [keys, queries].
-_SCORES_T = "gbhkd,gbhrtd->gbhkrt"
-_VALUES_T = "gbhkd,gbhkrt->gbhdrt"
-_KEY_SUMS_T = "gbhkrt,gbhrtd->gbhkd"
 _EXTRA_SCORES = "gbhrtd,bhmd->gbhrtm"
 _EXTRA_VALUES = "gbhrtm,bhmd->gbhrtd"
 _EXTRA_SUMS = "gbhrtm,gbhrtd->bhmd"
@@ -44,8 +38,9 @@ def _clean(x: Array) -> Array:
 
 def _poison(x: Array) -> Array:
     """NaN where a row of ``x`` (its last axis) holds anything that is not finite, else zero."""
-    finite = jnp.isfinite(lax.stop_gradient(x)).all(-1, keepdims=True)  # a maximum may lose a NaN: XLA's does on CPU
-    return jnp.where(finite, jnp.zeros((), x.dtype), jnp.nan)
+    # PERF: times zero as a product of matrices; XLA's own reduction takes many times as long on a CPU.
+    zeros = jnp.zeros((x.shape[-1], 1), x.dtype)
+    return jnp.matmul(lax.stop_gradient(x), zeros, precision=lax.Precision.HIGHEST)
 
 
 class _Call:
@@ -68,6 +63,31 @@ class _Call:
 
     def dot(self, subscripts: str, a: Array, b: Array) -> Array:
         return jnp.einsum(subscripts, a, b, precision=self.spec.precision, preferred_element_type=self.acc)
+
+    def product(self, a: Array, b: Array, contract: tuple[int, int] = (-1, -2)) -> Array:
+        """Matrix products ``[g, b, h, ., .]`` over one of the last two axes of each operand."""
+        # PERF: with one batch axis and two others XLA passes them as they are to its CPU library; else it transposes first.
+        lead = a.shape[:-2]
+        a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+        dimensions = (((3 + contract[0],), (3 + contract[1],)), ((0,), (0,)))
+        result = lax.dot_general(a, b, dimensions, precision=self.spec.precision, preferred_element_type=self.acc)
+        return result.reshape(*lead, *result.shape[-2:])
+
+    def fold(self, x: Array) -> Array:
+        """``[g, b, h, r, t, C]`` as rows ``[g, b, h, r * t, C]``."""
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+    def unfold(self, x: Array) -> Array:
+        """Undoes :meth:`fold`."""
+        return x.reshape(*x.shape[:3], self.tiles.plan.members, -1, x.shape[-1])
+
+    def fold_t(self, x: Array) -> Array:
+        """``[g, b, h, k, r, t]`` as columns ``[g, b, h, k, r * t]``."""
+        return x.reshape(*x.shape[:4], -1)
+
+    def unfold_t(self, x: Array) -> Array:
+        """Undoes :meth:`fold_t`."""
+        return x.reshape(*x.shape[:4], self.tiles.plan.members, -1)
 
     def tile(self, x: Array, coords: Array) -> Array:
         return self.tiles.tile(x, coords).astype(self.acc)
@@ -118,7 +138,7 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
 
     def step(state: State, coords: Array) -> State:
         q = call.tile(queries, coords) * spec.scale
-        scores = call.dot(_SCORES, q, call.box(keys, coords))
+        scores = call.unfold(call.product(call.fold(q), call.box(keys, coords), (-1, -1)))
         if call.bias is not None:
             scores = scores + tiles.bias(call.bias, coords)
         scores = jnp.where(tiles.mask(coords), scores, -jnp.inf)
@@ -129,7 +149,7 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
         row_max = lax.stop_gradient(jnp.where(jnp.isfinite(row_max), row_max, 0))
         weights = jnp.exp(scores - row_max)
         row_sum = jnp.sum(weights, -1, keepdims=True)
-        out = call.dot(_VALUES, weights, call.box(values, coords))
+        out = call.unfold(call.product(call.fold(weights), call.box(values, coords)))
         if call.has_extra:
             weights = jnp.exp(extra_scores - row_max)
             row_sum = row_sum + jnp.sum(weights, -1, keepdims=True)
@@ -196,17 +216,19 @@ def backward(
         lse, delta = (x[:, :, :, 0, ..., None] for x in rows)  # of additional keys
         q, d_out = call.tile(queries, coords) * spec.scale, _clean(call.tile(grads, coords))
         k = call.box(keys, coords)
-        scores = call.dot(_SCORES_T, k, q)
+        # PERF: of the products only one contracts its first axes if scores are laid out [keys, queries].
+        scores = call.unfold_t(call.product(k, call.fold(q), (-1, -1)))
         if call.bias is not None:
             pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), call.bias)
             scores = scores + jnp.moveaxis(pairs, -1, 3)
         weights = jnp.exp(jnp.where(tiles.mask(coords, transposed=True), scores - row_lse, -jnp.inf))
-        d_weights = call.dot(_SCORES_T, call.box(values, coords), d_out)
+        d_weights = call.unfold_t(call.product(call.box(values, coords), call.fold(d_out), (-1, -1)))
         # Outside the mask d_weights is anything: it may overflow.
         d_scores = jnp.where(weights == 0, 0, weights * (d_weights - row_delta))
-        d_query = jnp.moveaxis(call.dot(_VALUES_T, _clean(k), d_scores), 3, -1)
-        state["key"] = tiles.add_box(state["key"], coords, call.dot(_KEY_SUMS_T, d_scores, _clean(q)))
-        state["value"] = tiles.add_box(state["value"], coords, call.dot(_KEY_SUMS_T, weights, d_out))
+        d_query = call.unfold(call.product(call.fold_t(d_scores), _clean(k), (-2, -2)))
+        d_key = call.product(call.fold_t(d_scores), _clean(call.fold(q)))
+        state["key"] = tiles.add_box(state["key"], coords, d_key)
+        state["value"] = tiles.add_box(state["value"], coords, call.product(call.fold_t(weights), call.fold(d_out)))
         if call.bias is not None:
             d_pairs = jnp.moveaxis(jnp.sum(d_scores, (0, 1), keepdims=True), 3, -1)
             state["bias"] = state["bias"] + bias_vjp(d_pairs)[0]
@@ -258,21 +280,22 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     extra = [call.extra_key, call.extra_value, *call.extra(tangents)]
 
     def step(state: State, coords: Array) -> State:
-        q, t_q = call.tile(queries, coords) * spec.scale, call.tile(t_queries, coords) * spec.scale
+        q, t_q = (call.fold(call.tile(x, coords) * spec.scale) for x in (queries, t_queries))
         lse = call.tile(lses, coords)
         k, t_k = call.box(keys, coords), call.box(t_keys, coords)
-        scores = call.dot(_SCORES, q, k)
-        t_scores = call.dot(_SCORES, t_q, k) + call.dot(_SCORES, q, t_k)
+        scores = call.unfold(call.product(q, k, (-1, -1)))
+        t_scores = call.unfold(call.product(t_q, k, (-1, -1)) + call.product(q, t_k, (-1, -1)))
         if call.bias is not None:
             scores, t_scores = scores + tiles.bias(call.bias, coords), t_scores + tiles.bias(t_bias, coords)
         mask = tiles.mask(coords)
         weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, -jnp.inf) - lse), 0)
         t_weights = jnp.where(mask, weights * t_scores, 0)
         t_lse = jnp.sum(t_weights, -1, keepdims=True)
-        t_out = call.dot(_VALUES, t_weights, call.box(values, coords))
-        t_out = t_out + call.dot(_VALUES, weights, call.box(t_values, coords))
+        v, t_v = call.box(values, coords), call.box(t_values, coords)
+        t_out = call.unfold(call.product(call.fold(t_weights), v) + call.product(call.fold(weights), t_v))
         if call.has_extra:
             k, v, t_k, t_v = (call.extra_chunk(x, coords) for x in extra)
+            q, t_q = call.unfold(q), call.unfold(t_q)
             weights = jnp.exp(call.dot(_EXTRA_SCORES, q, k) - lse)
             t_weights = weights * (call.dot(_EXTRA_SCORES, t_q, k) + call.dot(_EXTRA_SCORES, q, t_k))
             t_lse = t_lse + jnp.sum(t_weights, -1, keepdims=True)
