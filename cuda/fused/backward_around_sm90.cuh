@@ -6,7 +6,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../arch/sm90/dependent_launch.h"
 #include "../arch/sm90/wgmma.h"
 #include "../common/call.h"
 #include "backward_params_sm90.h"
@@ -120,7 +119,6 @@ __device__ __forceinline__ void find_extrema(const PrepareParams& params, uint32
 
 static __global__ void __launch_bounds__(kAroundThreads)
     backward_prepare_kernel(const __grid_constant__ PrepareParams params) {
-  sm90::let_next_kernel_start();
   if (blockIdx.x >= params.extrema_block) return find_extrema(params, blockIdx.x - params.extrema_block);
   if (blockIdx.x >= params.table_block) {
     return write_interval(params, (blockIdx.x - params.table_block) * kAroundThreads + threadIdx.x);
@@ -241,7 +239,6 @@ __device__ __forceinline__ void finish(const FinishParams& params) {
 
 static __global__ void __launch_bounds__(kAroundThreads, 6)
     backward_finish_kernel(const __grid_constant__ FinishParams params) {
-  sm90::wait_for_kernels_before();
   params.shape.dtype == DType::kF16 ? finish<__half>(params) : finish<__nv_bfloat16>(params);
 }
 

@@ -6,7 +6,6 @@
 
 #include <string>
 
-#include "../arch/sm90/dependent_launch.h"
 #include "backward_consumer_sm90.cuh"
 #include "backward_producer_sm90.cuh"
 #include "backward_sm90.h"
@@ -57,15 +56,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(cons
       *reinterpret_cast<BackwardShared<C>*>(shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
   constexpr int kStartThreads = C::kConsumerThreads + 32;  // the consumers and the producer warp
   const int warpgroup = threadIdx.x / 128;
-  sm90::let_next_kernel_start();
   if (warpgroup == C::kConsumers) {
     if constexpr (C::kReallocateRegisters) sm90::decrease_registers<C::kProducerRegisters>();
     if (threadIdx.x / 32 != C::kConsumerThreads / 32) return;
     if (threadIdx.x % 32 == 0) init_barriers(shared);
     __syncwarp();
     sm90::named_barrier_arrive(kStartBarrier, kStartThreads);
-    // The consumers touch nothing of other kernels before the producer tells them.
-    sm90::wait_for_kernels_before();
     Producer<C>(params, shared).run();
   } else {
     if constexpr (C::kReallocateRegisters) sm90::increase_registers<C::kConsumerRegisters>();
@@ -90,7 +86,8 @@ Status launch_config(const BackwardLaunch& launch, cudaStream_t stream) {
   if (error == cudaSuccess) {
     const uint32_t resident = uint32_t(launch.num_sms) * C::kMinCtas;
     const uint32_t grid = launch.params->num_tiles < resident ? launch.params->num_tiles : resident;
-    error = sm90::launch_dependent(backward_kernel<C>, grid, C::kThreads, kBytes, stream, *launch.params);
+    backward_kernel<C><<<grid, C::kThreads, kBytes, stream>>>(*launch.params);
+    error = cudaGetLastError();
   }
   if (error == cudaSuccess) return {};
   return Status::error(std::string("Hopper backward, head dimension ") + std::to_string(C::kDim) + ": " +

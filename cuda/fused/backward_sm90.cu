@@ -271,8 +271,8 @@ Status launch_finish(const Problem& problem, const BackwardBuffers& buffers, con
     params.group_heads = FastDivisor(problem.heads / problem.kv_heads);
   }
   params.repair_block = uint32_t((params.num_chunks + kAroundThreads - 1) / kAroundThreads);
-  const cudaError_t error = sm90::launch_dependent(backward_finish_kernel, params.repair_block + options.num_sms,
-                                                   kAroundThreads, 0, stream, params);
+  backward_finish_kernel<<<params.repair_block + options.num_sms, kAroundThreads, 0, stream>>>(params);
+  const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return {};
   return Status::error(std::string("Hopper backward, finish: ") + cudaGetErrorString(error));
 }
