@@ -1,9 +1,10 @@
 """The whole round on a GPU: tests, random problems, sanitizer, benchmark rows; writes one JSON file that is committed.
 
 Usage: python -m benchmarks.gpu_round --out benchmarks/results/h200/latest.json [--commit HASH] [--skip tests fuzz sanitizer rows]
-  [--implementations cuda cuda_fused ...] [--problems REGEX] [--dtypes bfloat16 float32]
+  [--implementations cuda cuda_fused ...] [--problems REGEX] [--dtypes bfloat16 float32] [--limit SECONDS]
 
-Exit status 1 if a test failed or was skipped, a random problem was wrong, or the sanitizer found an error.
+The file is written anew after every part. Exit status 1 if a test failed or was skipped, a random problem was wrong, the sanitizer
+found an error, or a part did not end within its limit.
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ TEST_PARTS = {
 }
 
 
-def run_tests(arguments: list[str]) -> dict[str, Any]:
+def run_tests(arguments: list[str], limit: float | None) -> dict[str, Any]:
     """The `gpu` tests, none of which may be skipped."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda name: run_test_part(name, arguments), TEST_PARTS))
+        parts = list(pool.map(lambda name: run_test_part(name, arguments, limit), TEST_PARTS))
     total = {key: sum(part[key] for part in parts) for key in ("passed", "failed", "skipped")}
     return total | {"failures": [name for part in parts for name in part["failures"]]}
 
 
-def run_test_part(name: str, arguments: list[str]) -> dict[str, Any]:
+def run_test_part(name: str, arguments: list[str], limit: float | None) -> dict[str, Any]:
     report = pathlib.Path(f"gpu_tests_{name}.xml").resolve()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or sm90", f"--junitxml={report}", *TEST_PARTS[name]]
     if importlib.util.find_spec("xdist"):  # compilation by XLA is most of the time
@@ -66,7 +67,7 @@ def run_test_part(name: str, arguments: list[str]) -> dict[str, Any]:
         command += ["-n", str(workers), "--dist", "loadgroup"]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *arguments], cwd=ROOT, env=environment)
+    subprocess.run([*command, *arguments], cwd=ROOT, env=environment, timeout=limit)
     import xml.etree.ElementTree as ElementTree
 
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -82,21 +83,27 @@ def run_test_part(name: str, arguments: list[str]) -> dict[str, Any]:
     return {"passed": passed, "failed": failed, "skipped": number["skipped"], "failures": names}
 
 
-def run_fuzz(implementations: list[str], count: int) -> dict[str, Any]:
-    """``count`` random problems per implementation against the numpy oracle: benchmarks/fuzz.py."""
-    result = {}
-    for name in implementations:
-        workers = str(max(1, (os.cpu_count() or 4) // 4))
-        command = [sys.executable, "-m", "benchmarks.fuzz", "--implementation", name, "--count", str(count)]
-        command += ["--workers", workers]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "2"}
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
-        result[name] = json.loads(lines[-1]) if lines else {"failed": count, "failures": [process.stderr[-1500:]]}
-    return result
+def run_fuzz(name: str, count: int, limit: float | None) -> dict[str, Any]:
+    """``count`` random problems of an implementation against the numpy oracle: benchmarks/fuzz.py."""
+    workers = str(max(1, (os.cpu_count() or 4) // 8))
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.fuzz",
+        "--implementation",
+        name,
+        "--count",
+        str(count),
+        "--workers",
+        workers,
+    ]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=limit)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"failed": count, "failures": [process.stderr[-1500:]]}
 
 
-def sanitize(tool: str, *cases: str) -> tuple[int, str]:
+def sanitize(limit: float | None, tool: str, *cases: str) -> tuple[int, str]:
     """Exit status (9: the tool found errors) and output of the cases under a tool of compute-sanitizer.
 
     An access past the end of a buffer is seen only if the buffer is an allocation of its own, so not in XLA's default pool; a
@@ -110,17 +117,17 @@ def sanitize(tool: str, *cases: str) -> tuple[int, str]:
     }
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=jax_na"]
     command += [sys.executable, "-m", "benchmarks.sanitizer_cases", *cases]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=limit)
     return process.returncode, process.stdout + process.stderr
 
 
-def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
+def run_sanitizer(implementations: list[str], limit: float | None) -> dict[str, Any]:
     """compute-sanitizer memcheck and racecheck over benchmarks/sanitizer_cases.py; besides, memcheck over a known error."""
     kinds = [(tool, name) for tool in ("memcheck", "racecheck") for name in implementations if name != "cuda"]
 
     def run(tool: str, name: str) -> dict[str, Any]:
         start = time.time()
-        status, text = sanitize(tool, name)
+        status, text = sanitize(limit, tool, name)
         found = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
         ran = re.findall(r"all cases ran: (\d+)", text)
         clean = status == 0 and bool(ran)
@@ -128,7 +135,7 @@ def run_sanitizer(implementations: list[str]) -> dict[str, Any]:
         return {"clean": clean, "cases": int(ran[0]) if ran else None, "summary": found[-1] if found else text[-500:]}
 
     with concurrent.futures.ThreadPoolExecutor(len(kinds) + 1) as pool:
-        control = pool.submit(sanitize, "memcheck", "--control")
+        control = pool.submit(sanitize, limit, "memcheck", "--control")
         outcomes = list(pool.map(lambda kind: run(*kind), kinds))
     seen = "Invalid __global__ read" in control.result()[1]
     if not seen:
@@ -224,6 +231,7 @@ def main() -> int:
     parser.add_argument("--neighbours", action="store_true")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
     parser.add_argument("--pytest", nargs="*", default=[])
+    parser.add_argument("--limit", type=float, default=None, help="seconds that tests, fuzz and sanitizer may each take")
     arguments = parser.parse_args()
     commit = (
         arguments.commit
@@ -238,18 +246,28 @@ def main() -> int:
         out.write_text(json.dumps(result, indent=1) + "\n")
 
     # Compilation is most of their time, so the checks run side by side; the rows have the machine to themselves.
-    fuzzed = [name for name in arguments.implementations if name in FUZZED]
-    checks = {
-        "tests": functools.partial(run_tests, arguments.pytest),
-        "fuzz": functools.partial(run_fuzz, fuzzed, arguments.fuzz),
-        "sanitizer": functools.partial(run_sanitizer, arguments.implementations),
+    checks: dict[tuple[str, ...], Callable[[], Any]] = {
+        ("tests",): functools.partial(run_tests, arguments.pytest, arguments.limit),
+        ("sanitizer",): functools.partial(run_sanitizer, arguments.implementations, arguments.limit),
     }
+    for name in arguments.implementations:
+        if name in FUZZED:
+            checks["fuzz", name] = functools.partial(run_fuzz, name, arguments.fuzz, arguments.limit)
+    unfinished = []
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        running = {name: pool.submit(check) for name, check in checks.items() if name not in arguments.skip}
-    for name, outcome in running.items():
-        result[name] = outcome.result()
-        print(f"{name}:", result[name], flush=True)
-        save()
+        running = {pool.submit(check): key for key, check in checks.items() if key[0] not in arguments.skip}
+        for outcome in concurrent.futures.as_completed(running):
+            key = running[outcome]
+            try:
+                found = outcome.result()
+            except subprocess.TimeoutExpired:
+                unfinished.append(" ".join(key))
+                continue
+            (result.setdefault("fuzz", {}) if key[0] == "fuzz" else result)[key[-1]] = found | {"commit": commit}
+            print(f"{' '.join(key)}:", found, flush=True)
+            save()
+    result["unfinished"] = unfinished
+    save()
     if "rows" not in arguments.skip:
         before = result.get("rows", [])
 
@@ -260,12 +278,11 @@ def main() -> int:
             save()
 
         run_rows(arguments.implementations, arguments.problems, arguments.dtypes, arguments.neighbours, keep)
-    tests, sanitizer = result.get("tests", {}), result.get("sanitizer", {})
+    tests = result.get("tests", {})
     fuzz_failed = any(x["failed"] for x in result.get("fuzz", {}).values())
-    bad = (
-        fuzz_failed or tests.get("failed", 0) or tests.get("skipped", 0) or not all(x["clean"] for x in sanitizer.values())
-    )
-    return 1 if bad else 0
+    sanitizer = [x for x in result.get("sanitizer", {}).values() if isinstance(x, dict)]
+    not_clean = not all(x["clean"] for x in sanitizer)
+    return 1 if unfinished or fuzz_failed or tests.get("failed", 0) or tests.get("skipped", 0) or not_clean else 0
 
 
 if __name__ == "__main__":
