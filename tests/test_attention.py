@@ -191,6 +191,7 @@ def test_dilated_window_of_the_contract():
     assert np.flatnonzero(seen[6]).tolist() == [2, 4, 6]
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_definition_and_the_numpy_oracle_agree(case):
     with jax.enable_x64(True):

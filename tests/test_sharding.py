@@ -15,6 +15,7 @@ from jax_na._sharding import plan
 from jax_na._spec import Inputs
 from jax_na.testing.compiled import COLLECTIVES, QUICK, collectives
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 HEADS, DIM = 8, 4
 SPATIAL = {1: (9,), 2: (6, 5), 3: (4, 3, 5)}
 WINDOW = {1: (3,), 2: (3, 3), 3: (3, 1, 3)}

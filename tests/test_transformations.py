@@ -17,6 +17,7 @@ from jax.test_util import check_grads
 
 import jax_na
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 attend = functools.partial(jax_na.neighborhood_attention, window_size=3)
 reference = functools.partial(attend, implementation="reference")
