@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks.problems import bound_ms
 from jax_na import _primitives
 from jax_na._spec import Inputs, Spec
-from jax_na._window import visible
 from jax_na.testing.cases import Case
 from jax_na.testing.numerics import relative_error
 
@@ -110,22 +109,10 @@ def _head(array: Array, head: int) -> np.ndarray:
     return np.asarray(array[0, ..., head, :]).astype(np.float64)
 
 
-def _seen(case: Case, queries: list[np.ndarray], keys: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+def _seen(case: Case, queries: list[np.ndarray], keys: list[np.ndarray]) -> list[np.ndarray]:
     """``[queries, keys]`` per axis: which of these coordinates see which."""
     spec = case.spec()
-    return tuple(
-        visible(
-            queries[axis],
-            keys[axis],
-            length,
-            spec.window[axis],
-            spec.stride[axis],
-            spec.dilation[axis],
-            spec.is_causal[axis],
-            np,
-        )
-        for axis, length in enumerate(case.spatial)
-    )
+    return [spec.visible(axis, queries[axis], keys[axis], length, np) for axis, length in enumerate(case.spatial)]
 
 
 def _window(case: Case, token: tuple[int, ...]) -> tuple[np.ndarray, ...]:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from jax_na._spec import Inputs, Spec, accumulation_dtype
-from jax_na._window import visible
 
 Array = Any
 
@@ -23,15 +22,8 @@ def mask(spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...
     result = jnp.ones((), bool)
     for axis in range(spec.rank):
         query_offset, key_offset, length = halo[axis][0], halo[axis][1], halo[axis][2]
-        one_axis = visible(
-            query_offset + jnp.arange(query_spatial[axis]),
-            key_offset + jnp.arange(key_spatial[axis]),
-            length,
-            spec.window[axis],
-            spec.stride[axis],
-            spec.dilation[axis],
-            spec.is_causal[axis],
-        )
+        queries, keys = query_offset + jnp.arange(query_spatial[axis]), key_offset + jnp.arange(key_spatial[axis])
+        one_axis = spec.visible(axis, queries, keys, length)
         shape = [1] * (2 * spec.rank)
         shape[axis], shape[spec.rank + axis] = one_axis.shape
         result = result & one_axis.reshape(shape)

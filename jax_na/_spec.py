@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_na._window import visible
+
 Array = Any
 MAX_RANK = 3
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -71,6 +73,11 @@ class Spec:
     def identity_halo(self, query: Array) -> np.ndarray:
         """The halo operand of a call that is not spatially sharded: int32 ``[rank, 3]``, rows (0, 0, length)."""
         return np.array([(0, 0, length) for length in self.spatial(query)], np.int32)
+
+    def visible(self, axis: int, query_position: Array, key_position: Array, length: Array, xp: Any = jnp) -> Array:
+        """Boolean ``[queries, keys]``: which keys each query sees along one axis, from global token positions."""
+        parameters = self.window[axis], self.stride[axis], self.dilation[axis], self.is_causal[axis]
+        return visible(query_position, key_position, length, *parameters, xp)
 
 
 def accumulation_dtype(dtype: Any) -> Any:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_na._spec import Inputs, Spec
-from jax_na._window import visible
 
 Array = Any
 
@@ -26,17 +25,8 @@ def mask(spec: Spec, query_spatial: tuple[int, ...], key_spatial: tuple[int, ...
     result = np.ones((1, 1), bool)
     for axis in range(spec.rank):
         query_offset, key_offset, length = (int(x) for x in halo[axis])
-        one = visible(
-            query_offset + np.arange(query_spatial[axis]),
-            key_offset + np.arange(key_spatial[axis]),
-            length,
-            spec.window[axis],
-            spec.stride[axis],
-            spec.dilation[axis],
-            spec.is_causal[axis],
-            np,
-        )
-        result = np.kron(result, one)
+        queries, keys = query_offset + np.arange(query_spatial[axis]), key_offset + np.arange(key_spatial[axis])
+        result = np.kron(result, spec.visible(axis, queries, keys, length, np))
     return result.astype(bool)
 
 
