@@ -1,10 +1,14 @@
 // Host checks of the Hopper plan and geometry, called by test_hopper_plan.py. Each returns an error text, empty if all
 // holds.
 #include <algorithm>
+#include <cstring>
+#include <random>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "fused/geometry.h"
+#include "fused/mask_codes.h"
 #include "fused/plan_sm90.h"
 
 using namespace jax_na;
@@ -101,7 +105,124 @@ std::string check(const Problem& problem) {
   return "";
 }
 
+float bf16_value(uint32_t bits) {
+  bits <<= 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// One dilation group of a problem, some of its queries, and boxes that a kernel with masks by the tensor cores could have.
+struct MaskCase {
+  Axis axis[kMaxRank];
+  int32_t length[kMaxRank], q_base[kMaxRank], q_count[kMaxRank];
+  int32_t unit[kMaxRank], grid[kMaxRank], kv_box[kMaxRank];
+
+  explicit MaskCase(std::mt19937* random) {
+    const auto upto = [&](int32_t limit) { return int32_t((*random)() % uint32_t(limit)) + 1; };
+    const int32_t rank = upto(kMaxRank), split = kMaxRank - upto(rank);
+    int32_t codes = kMaskCodes;
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      const bool used = a >= kMaxRank - rank;
+      length[a] = used ? upto(rank == 1 ? 80 : rank == 2 ? 24 : 11) : 1;
+      const int32_t window = upto(length[a]), stride = upto(3) == 1 ? upto(window) : 1;
+      axis[a] = {length[a], length[a], window, stride, 1, upto(3) == 1};
+      q_base[a] = upto(2) == 1 ? 0 : upto(length[a]) - 1;
+      q_count[a] = upto(length[a] - q_base[a]);
+      unit[a] = used && codes >= 2 ? upto(std::min({codes, q_count[a], rank == 3 ? 5 : 16})) : 1;
+      codes -= codes_of_extent(unit[a]);
+      grid[a] = a == split ? 2 : 1;
+      kv_box[a] = used ? upto(std::min(length[a], 12)) : 1;
+    }
+  }
+
+  // A B^T of every query and key of every key tile, by the words that the kernel writes: exactly 0 where the query sees the
+  // key, and below any score where not.
+  std::string check() const {
+    int32_t tiles = 1;
+    for (int a = 0; a < kMaxRank; ++a) tiles *= (q_count[a] + unit[a] * grid[a] - 1) / (unit[a] * grid[a]);
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      int32_t first[kMaxRank], begin[kMaxRank], count[kMaxRank], rest = tile;
+      for (int a = 0; a < kMaxRank; ++a) {
+        const int32_t extent = unit[a] * grid[a], of_axis = (q_count[a] + extent - 1) / extent;
+        first[a] = q_base[a] + rest % of_axis * extent;
+        rest /= of_axis;
+        const int32_t last = std::min(first[a] + extent, q_base[a] + q_count[a]) - 1;
+        begin[a] = keys_of_query(axis[a], length[a], first[a]).begin;
+        const int32_t keys = keys_of_query(axis[a], length[a], last).end - begin[a];
+        count[a] = (keys + kv_box[a] - 1) / kv_box[a] * kv_box[a];
+      }
+      for (int32_t w = 0; w < 2; ++w) {
+        int32_t box_first[kMaxRank];
+        std::vector<uint32_t> hidden[kMaxRank];
+        for (int a = 0; a < kMaxRank; ++a) {
+          box_first[a] = first[a] + (grid[a] == 1 ? 0 : w * unit[a]);
+          for (int32_t x = 0; x < count[a]; ++x) {
+            const Interval queries = seen_by(axis[a], begin[a] + x, length[a]);
+            hidden[a].push_back(spread_codes(hidden_codes(queries, box_first[a], unit[a], first_code(unit, a))));
+          }
+        }
+        const std::string error = check_box(box_first, begin, hidden);
+        if (!error.empty()) return error;
+      }
+    }
+    return "";
+  }
+
+ private:
+  std::string check_box(const int32_t (&first)[kMaxRank], const int32_t (&begin)[kMaxRank],
+                        const std::vector<uint32_t> (&hidden)[kMaxRank]) const {
+    for (int32_t row = 0; row < unit[0] * unit[1] * unit[2]; ++row) {
+      const int32_t at[kMaxRank] = {row / (unit[2] * unit[1]), row / unit[2] % unit[1], row % unit[2]};
+      Interval window[kMaxRank];
+      bool exists = true;
+      for (int a = 0; a < kMaxRank; ++a) {
+        exists = exists && first[a] + at[a] < q_base[a] + q_count[a];
+        window[a] = keys_of_query(axis[a], length[a], first[a] + at[a]);
+      }
+      if (!exists) continue;
+      const uint32_t codes = codes_of_query(unit, at[0] | at[1] << 8 | at[2] << 16);
+      int32_t x[kMaxRank];
+      for (x[0] = 0; x[0] < int32_t(hidden[0].size()); ++x[0]) {
+        for (x[1] = 0; x[1] < int32_t(hidden[1].size()); ++x[1]) {
+          for (x[2] = 0; x[2] < int32_t(hidden[2].size()); ++x[2]) {
+            bool seen = true;
+            for (int a = 0; a < kMaxRank; ++a)
+              seen = seen && begin[a] + x[a] >= window[a].begin && begin[a] + x[a] < window[a].end;
+            const uint32_t word = hidden[0][x[0]] | hidden[1][x[1]] | hidden[2][x[2]];
+            float product = 0;
+            for (int32_t k = 0; k < kMaskCodes; ++k) {
+              const float weight = (codes >> code_of_slot(k) & 1) != 0 ? bf16_value(kCodeWeight) : 0.0f;
+              product += weight * bf16_value(mask_word(word, k / 2) >> (16 * (k % 2)) & 0xFFFF);
+            }
+            if (seen ? product != 0.0f : !(product < kHiddenScore && product > -1.5e38f)) {
+              return "row " + std::to_string(row) + ", key " + std::to_string(begin[0] + x[0]) + "," +
+                     std::to_string(begin[1] + x[1]) + "," + std::to_string(begin[2] + x[2]) + ": " +
+                     std::to_string(product);
+            }
+          }
+        }
+      }
+    }
+    return "";
+  }
+};
+
 }  // namespace
+
+// Random problems of every rank.
+extern "C" const char* check_mask_codes(int32_t cases) {
+  static std::string error;
+  std::mt19937 random(0);
+  for (int32_t i = 0; i < cases; ++i) {
+    error = MaskCase(&random).check();
+    if (!error.empty()) {
+      error = "case " + std::to_string(i) + ": " + error;
+      break;
+    }
+  }
+  return error.c_str();
+}
 
 // axes: [rank, 5] lengths, windows, strides, dilations, causal.
 extern "C" const char* check_plan(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads) {

@@ -14,7 +14,7 @@ from jax_na._window import window_bounds
 def library(compile_library):
     loaded = compile_library("tests/hopper_plan.cpp", "cuda/fused/plan_sm90.cc")
     loaded.plan_shard.restype = ctypes.c_double
-    for name in ("check_plan", "check_group_axis", "check_fast_divisor"):
+    for name in ("check_plan", "check_group_axis", "check_fast_divisor", "check_mask_codes"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
@@ -30,6 +30,10 @@ def test_group_axis(library):
 
 def test_fast_divisor(library):
     assert library.check_fast_divisor() == b""
+
+
+def test_mask_codes(library):
+    assert library.check_mask_codes(2000) == b""
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,19 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "../arch/sm90/barrier.h"
 #include "../arch/sm90/tma.h"
 #include "../arch/sm90/wgmma.h"
 #include "../common/call.h"
 #include "geometry.h"
+#include "mask_product_sm90.h"
 #include "mask_sm90.h"
 #include "plan_sm90.h"
 #include "recompute_sm90.cuh"
 #include "token_map_sm90.h"
+#include "window_range_sm90.h"
 
 namespace jax_na::hopper {
 
@@ -65,7 +68,8 @@ struct ForwardParams {
   SmallForwardParams small;
 };
 
-template <typename T_, int kDim_, int kN_, int kConsumers_, Sharing kSharing_, int kStages_, int kQStages_>
+template <typename T_, int kDim_, int kN_, int kConsumers_, Sharing kSharing_, int kStages_, int kQStages_,
+          int kMaskSlots_ = 0>
 struct ForwardConfig {
   using T = T_;
   static constexpr int kDim = kDim_;
@@ -77,12 +81,15 @@ struct ForwardConfig {
   static constexpr bool kShared = kSharing == Sharing::kShared;  // one ring of key tiles for all consumers, or one each
   static constexpr int kStages = kStages_;                       // key tiles in flight per ring
   static constexpr int kQStages = kQStages_;
+  // Masks by the tensor cores (mask_product_sm90.h): tiles of a consumer whose masks are kept; 0: masks by selects.
+  static constexpr int kMaskSlots = kMaskSlots_;
+  static constexpr bool kMaskProduct = kMaskSlots > 0;
   static constexpr int kM = 64;  // queries of a consumer
   static constexpr int kRings = kShared ? 1 : kConsumers;
   static constexpr int kRingConsumers = kShared ? kConsumers : 1;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kMaskProduct ? 216 : kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kMaskProduct ? 72 : kConsumers == 2 ? 40 : 32;
   // Column groups of eight whose exponentials come before the wait for the last product of values: up to D 64 that one is
   // done when the maxima are, and the exponentials run better beside the conversions of the weights.
   static constexpr int kEarlyGroups = kDim <= 64 ? 0 : kN / 16;
@@ -92,16 +99,6 @@ struct ForwardConfig {
 };
 
 // ---- shared memory ----
-// How a consumer has to treat a key tile: two bits. Neither: outside its windows; kInside alone: mask it; both: every row
-// sees every key.
-constexpr uint32_t kInside = 1, kFull = 2;
-
-// The windows of a run of queries on one axis: every query's keys lie in `any`, and keys in `all` are seen by every query.
-struct WindowRange {
-  Interval any;
-  Interval all;
-};
-
 // What the producer says about a key tile.
 struct TileInfo {
   int32_t begin[kMaxRank];  // group coordinates
@@ -136,12 +133,12 @@ struct ProducerStorage {
   uint64_t k_full[kRings][kStages], k_empty[kRings][kStages];
   uint64_t v_full[kRings][kStages], v_empty[kRings][kStages];
 
-  // By one thread. arrivals: consumer warps of a ring.
-  __device__ __forceinline__ void init_barriers(int arrivals) {
+  // By one thread. arrivals: consumer warps of a ring; mask_warps: warps that read `item` to write masks.
+  __device__ __forceinline__ void init_barriers(int arrivals, int mask_warps = 0) {
     for (int r = 0; r < kRings; ++r) {
       for (int i = 0; i < kQStages; ++i) {
         sm90::mbarrier_init(&q_full[r][i], 1);
-        sm90::mbarrier_init(&q_empty[r][i], arrivals);
+        sm90::mbarrier_init(&q_empty[r][i], arrivals + mask_warps);
       }
       for (int i = 0; i < kStages; ++i) {
         sm90::mbarrier_init(&k_full[r][i], 1);
@@ -199,7 +196,9 @@ struct ForwardStorage {
   alignas(1024) T v[kRings][Config::kStages][16 * Config::kSteps * Config::kDim];
   alignas(16) ProducerStorage<kRings, Config::kRingConsumers, Config::kRingConsumers * Config::kM, 2, Config::kStages,
                               Config::kQStages> record;
-  alignas(16) ColumnMask<Config::kN> mask;
+  struct None {};
+  alignas(16) std::conditional_t<Config::kMaskProduct, None, ColumnMask<Config::kN>> mask;
+  ProductMask<Config::kN, Config::kRingConsumers, Config::kMaskSlots, Config::kQStages> mask_product;
 };
 
 // ---- producer ----
@@ -295,6 +294,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
       item.head = head;
     } else if (lane % 4 < kMaxRank && consumer >= 0 && consumer < kRingConsumers) {
       record.range[ring][axis][consumer] = own_range;
+      if constexpr (Config::kMaskProduct) smem.mask_product.item[q_at.slot].range[consumer][axis] = own_range;
     }
     int32_t num_tiles[kMaxRank], begin[kMaxRank], key[kMaxRank];
 #pragma unroll
@@ -309,8 +309,18 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
       continue;
     }
 
-    // Queries.
     item.num_tiles = num_tiles[0] * num_tiles[1] * num_tiles[2];
+    if constexpr (Config::kMaskProduct) {
+      auto& mask_item = smem.mask_product.item[q_at.slot];
+#pragma unroll
+      for (int a = 0; a < kMaxRank; ++a) {
+        mask_item.begin[a] = begin[a];
+        mask_item.tiles[a] = num_tiles[a];
+      }
+      mbarrier_arrive(&smem.mask_product.item_full[q_at.slot]);
+    }
+
+    // Queries.
     uint64_t* const q_full = &record.q_full[ring][q_at.slot];
     mbarrier_arrive_expect_tx(q_full, q_bytes);
 #pragma unroll
@@ -340,8 +350,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
 #pragma unroll
       for (int w = 0; w < kRingConsumers; ++w) {
         const WindowRange range = record.range[ring][a][w];
-        if (begin < range.any.end && end > range.any.begin) classes |= kInside << (2 * w);
-        if (begin >= range.all.begin && end <= range.all.end) classes |= kFull << (2 * w);
+        classes |= range.classes(begin, end) << (2 * w);
       }
       return classes;
     };
@@ -385,6 +394,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
   mbarrier_wait(&record.q_empty[ring][q_at.slot], q_at.parity ^ 1);
   if (lane == 0) {
     record.item[ring][q_at.slot].num_tiles = -1;
+    if constexpr (Config::kMaskProduct) mbarrier_arrive(&smem.mask_product.item_full[q_at.slot]);
     mbarrier_arrive(&record.q_full[ring][q_at.slot]);
   }
 }
@@ -406,9 +416,9 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// S (64 x kN) = Q (64 x kDim) K^T, committed, not waited for.
+// S (64 x kN) = Q (64 x kDim) K^T, with a mask + A B^T, committed, not waited for.
 template <typename Config>
-__device__ __forceinline__ void multiply_qk(float (&s)[Config::kN / 2], uint64_t q, uint64_t k) {
+__device__ __forceinline__ void multiply_qk(float (&s)[Config::kN / 2], uint64_t q, uint64_t k, uint64_t a, uint64_t b) {
   constexpr int kStepsPerBlock = Config::kRowElements / 16;
   q = sm90::descriptor_uniform(q);
   k = sm90::descriptor_uniform(k);
@@ -420,6 +430,9 @@ __device__ __forceinline__ void multiply_qk(float (&s)[Config::kN / 2], uint64_t
     sm90::Wgmma<typename Config::T, Config::kN>::template ss<false, false>(
         s, sm90::descriptor_advance(q, block * Config::kM * Config::kRowBytes + bytes),
         sm90::descriptor_advance(k, block * Config::kN * Config::kRowBytes + bytes), i != 0);
+  }
+  if constexpr (Config::kMaskProduct) {
+    sm90::Wgmma<__nv_bfloat16, Config::kN>::template ss<false, false>(s, a, sm90::descriptor_uniform(b), true);
   }
   sm90::wgmma_commit();
 }
@@ -463,7 +476,8 @@ constexpr float kMaxGrowth = 8;
 
 // The first half of a softmax step: the rows' new reference. True if some row of the warp changed it, and what was summed
 // up so far is to be multiplied with factor.
-template <int kN>
+// kMaskProduct: hidden scores are below kHiddenScore, else infinite.
+template <int kN, bool kMaskProduct = false>
 __device__ __forceinline__ bool update_max(SoftmaxState& state, const float (&s)[kN / 2], float scale_log2,
                                            float (&factor)[2]) {
   float part[2][2];  // of each row two maxima, for the sake of latency
@@ -475,7 +489,7 @@ __device__ __forceinline__ bool update_max(SoftmaxState& state, const float (&s)
   for (int half = 0; half < 2; ++half) {
     const float before = state.row_max[half];
     const float now = quad_max(fmaxf(part[half][0], part[half][1]));
-    const bool grown = (now - before) * scale_log2 > kMaxGrowth;
+    const bool grown = (now - before) * scale_log2 > kMaxGrowth && (!kMaskProduct || now > kHiddenScore);
     factor[half] = grown ? exp2_approx((before - now) * scale_log2) : 1.0f;
     state.row_max[half] = grown ? now : before;
     state.row_sum[half] *= factor[half];
@@ -514,13 +528,18 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16]
     p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
 }
 
+// Beyond this a hidden score may be among what a row has summed up (mask_product_sm90.h).
+constexpr float kLargestScore = 1e25f;
+
 // Ends the softmax of a thread's two rows: lse to global memory; inverse: what the outputs are to be multiplied with.
-// tokens: of the rows, -1 where there is none.
+// tokens: of the rows, -1 where there is none. kMaskProduct: hidden scores are below kHiddenScore, else infinite.
+template <bool kMaskProduct = false>
 __device__ __forceinline__ void finish_softmax(const ForwardParams& params, const SoftmaxState& state,
                                                const int32_t (&tokens)[2], int32_t head, int lane, float (&inverse)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float sum = quad_sum(state.row_sum[half]);
+    float sum = quad_sum(state.row_sum[half]);
+    if (kMaskProduct && !(fabsf(state.row_max[half]) < kLargestScore)) sum = NAN;  // the row is computed again
     inverse[half] = __fdividef(1.0f, sum);
     if (tokens[half] >= 0 && lane % 4 == 0 && params.lse != nullptr) {
       params.lse[int64_t(tokens[half]) * params.heads.divisor + head] = state.row_max[half] * params.scale + __logf(sum);
@@ -529,8 +548,8 @@ __device__ __forceinline__ void finish_softmax(const ForwardParams& params, cons
 }
 
 // O * inverse to global memory, 16 bytes a thread: quads transpose 4x4 registers, so that four lanes hold 64 contiguous
-// bytes. nan: of each half a ballot of the rows that
-// come out with a NaN, but whose weights are none: they are to be computed again.
+// bytes. nan: of each half a ballot of the rows that come out with a NaN: they are to be computed again, unless their
+// weights are NaN and no hidden score can be the cause.
 template <typename Config>
 __device__ __forceinline__ void store_output(const ForwardParams& params, const float (&o)[Config::kDim / 2],
                                              const float (&inverse)[2], const int32_t (&tokens)[2], int32_t head, int lane,
@@ -579,7 +598,7 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
         r[3] = got;
       if (token >= 0) *reinterpret_cast<uint4*>(out + 32 * block + 8 * q) = make_uint4(r[0], r[1], r[2], r[3]);
     }
-    nan[half] = __ballot_sync(~0u, token >= 0 && kept_nan<T>(kept) && !isnan(inverse[half]));
+    nan[half] = __ballot_sync(~0u, token >= 0 && kept_nan<T>(kept) && (Config::kMaskProduct || !isnan(inverse[half])));
   }
 }
 
@@ -588,7 +607,8 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 // one. PERF: all of it inlined. A kernel that has a call takes 2 to 3 us longer for every query tile, even if it is never
 // made (H200: 1d-16k-w512 0.508 to 0.598 ms, causal D 128 0.493 to 0.531).
 // row_offset: of the warp's 16 rows, more by `bases` than describe_row takes it; its items: from `first` on, in steps.
-template <typename T, int kDim>
+// kMaskProduct: a hidden key may have reached lse too.
+template <typename T, int kDim, bool kMaskProduct = false>
 __device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, uint32_t bases,
                                                    int first, int step) {
   const int lane = threadIdx.x % 32;
@@ -610,7 +630,7 @@ __device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, 
       const int64_t row = int64_t(token) * params.heads.divisor + head;
       bool nan = false;
       for (int d = lane; d < kDim; d += 32) nan |= isnan(float(static_cast<const T*>(params.out)[row * kDim + d]));
-      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, token, head);
+      if (__any_sync(~0u, nan)) recompute_out<T>(params.rows, token, head, kMaskProduct ? params.lse : nullptr);
     }
   }
 }
@@ -637,15 +657,24 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
 
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kStages> k_at, v_at;
-  int ahead = 0;       // the keys at k_at belong to the tile so many after the values at v_at
-  int left = 0;        // key tiles of the query tile still to be taken; < 0: no more query tiles
-  bool first = false;  // no product yet with the query tile
+  RingPosition<Config::kMaskSlots> mask_at;
+  bool masked_by_product = false;  // the product with the keys at k_at reads the mask at mask_at
+  int ahead = 0;                   // the keys at k_at belong to the tile so many after the values at v_at
+  int left = 0;                    // key tiles of the query tile still to be taken; < 0: no more query tiles
+  bool first = false;              // no product yet with the query tile
   const auto arrive = [lane](uint64_t* barrier) {
     if (lane == 0) mbarrier_arrive(barrier);
   };
   const auto release_k = [&]() {
     arrive(&record.k_empty[ring][k_at.slot]);
     k_at.advance();
+    if constexpr (Config::kMaskProduct) {
+      if (masked_by_product) {
+        arrive(&smem.mask_product.empty[member][mask_at.slot]);
+        mask_at.advance();
+        masked_by_product = false;
+      }
+    }
     ++ahead;
     if (--left == 0) {  // the last product with Q is done: the next queries may come
       arrive(&record.q_empty[ring][q_at.slot]);
@@ -684,7 +713,11 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       }
       if (left < 0) return false;
       mbarrier_wait(&record.k_full[ring][k_at.slot], k_at.parity);
-      if ((__shfl_sync(~0u, record.tile[ring][k_at.slot].classes, 0) >> (2 * member)) & kInside) return true;
+      const uint32_t classes = __shfl_sync(~0u, record.tile[ring][k_at.slot].classes, 0) >> (2 * member);
+      if (classes & kInside) {
+        masked_by_product = Config::kMaskProduct && (classes & kFull) == 0;
+        return true;
+      }
       release_k();
       await_turn();
       pass_turn();
@@ -697,8 +730,14 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     other_rows = -other_rows;
     __syncwarp();  // the reads of two query tiles ago
     if (lane < 16) {
-      warp_rows[lane] =
+      const RowInfo row =
           describe_row(params, record.item[ring][q_at.slot], record.row_offset[64 * member + 16 * warp + lane]);
+      if constexpr (Config::kMaskProduct) {  // its window is of no use here
+        warp_rows[lane].token = row.token;
+        warp_rows[lane].head = row.head;
+      } else {
+        warp_rows[lane] = row;
+      }
     }
     __syncwarp();
   };
@@ -707,31 +746,35 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   uint32_t mask[2][kWords], outer_mask[2][kWords];
   int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
   const auto read_mask = [&]() {
-    const TileInfo tile = record.tile[ring][k_at.slot];
-    if ((tile.classes >> (2 * member)) & kFull) return false;
-    const int quad = lane % 4;
-    const RowInfo* const rows = warp_rows + lane / 4;
-    if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
+    if constexpr (Config::kMaskProduct) {
+      return false;
+    } else {
+      const TileInfo tile = record.tile[ring][k_at.slot];
+      if ((tile.classes >> (2 * member)) & kFull) return false;
+      const int quad = lane % 4;
+      const RowInfo* const rows = warp_rows + lane / 4;
+      if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) outer_mask[half][w] = ~0u;
+          smem.mask.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
+          smem.mask.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
+        }
+        outer_begin[0] = tile.begin[0];
+        outer_begin[1] = tile.begin[1];
+      }
+      bool all = true;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) outer_mask[half][w] = ~0u;
-        smem.mask.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
-        smem.mask.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
+        for (int w = 0; w < kWords; ++w) mask[half][w] = outer_mask[half][w];
+        smem.mask.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
       }
-      outer_begin[0] = tile.begin[0];
-      outer_begin[1] = tile.begin[1];
+      return __any_sync(~0u, !all) != 0;
     }
-    bool all = true;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) mask[half][w] = outer_mask[half][w];
-      smem.mask.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
-    }
-    return __any_sync(~0u, !all) != 0;
   };
 
   SoftmaxState state;
@@ -740,8 +783,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
 #pragma unroll
   for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
   const auto multiply_keys = [&](float (&s)[kN / 2]) {
+    uint64_t a = 0, b = 0;
+    if constexpr (Config::kMaskProduct) {
+      auto& product = smem.mask_product;
+      if (masked_by_product) mbarrier_wait(&product.full[member][mask_at.slot], mask_at.parity);
+      a = descriptor_plain(smem_address(product.row), 64 * 16);
+      b = masked_by_product ? descriptor_plain(smem_address(product.tile_of(member, mask_at.slot)), kN * 16)
+                            : descriptor_plain(smem_address(product.nothing), 0);
+    }
     multiply_qk<Config>(s, descriptor_k_major<Config::kRowBytes>(smem_address(smem.q[wg][q_at.slot])),
-                        descriptor_k_major<Config::kRowBytes>(smem_address(smem.k[ring][k_at.slot])));
+                        descriptor_k_major<Config::kRowBytes>(smem_address(smem.k[ring][k_at.slot])), a, b);
   };
   const auto multiply_values = [&](uint32_t (&p)[Config::kSteps][4]) {
     mbarrier_wait(&record.v_full[ring][v_at.slot], v_at.parity);
@@ -758,7 +809,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     return read_mask();
   };
   const auto finish = [&](const RowInfo* rows, float (&inverse)[2]) {
-    finish_softmax(params, state, {rows[0].token, rows[8].token}, rows[0].head, lane, inverse);
+    finish_softmax<Config::kMaskProduct>(params, state, {rows[0].token, rows[8].token}, rows[0].head, lane, inverse);
   };
   const auto store = [&](const RowInfo* rows, const float (&inverse)[2]) {
     uint32_t nan[2];
@@ -775,7 +826,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       finish(last_rows(), inverse);
       state = SoftmaxState();
     }
-    const bool rescale = update_max<kN>(state, s, scale_log2, factor);
+    const bool rescale = update_max<kN, Config::kMaskProduct>(state, s, scale_log2, factor);
     if (first) {
       factor[0] = inverse[0];
       factor[1] = inverse[1];
@@ -847,8 +898,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   finish(warp_rows + lane / 4, inverse);
   store(warp_rows + lane / 4, inverse);
   if (nan_seen) {
-    recompute_nan_rows<T, kDim>(params, &record.row_offset[64 * member + 16 * warp], 0, blockIdx.x * Config::kRings + ring,
-                                gridDim.x * Config::kRings);
+    recompute_nan_rows<T, kDim, Config::kMaskProduct>(params, &record.row_offset[64 * member + 16 * warp], 0,
+                                                      blockIdx.x * Config::kRings + ring, gridDim.x * Config::kRings);
   }
 }
 
@@ -862,13 +913,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0) % 4;
 
-  if (threadIdx.x == 0) smem.record.init_barriers(4 * Config::kRingConsumers);  // one lane of every consumer warp
+  if (threadIdx.x == 0)  // one lane of every consumer warp
+    smem.record.init_barriers(4 * Config::kRingConsumers, Config::kMaskProduct ? Config::kConsumers : 0);
   smem.record.build_row_offsets(params.unit, params.grid, Config::kM, threadIdx.x, Config::kThreads);
-  smem.mask.build(params.kv_box, threadIdx.x, Config::kThreads);
+  if constexpr (!Config::kMaskProduct) smem.mask.build(params.kv_box, threadIdx.x, Config::kThreads);
   if (params.kv_box[0] * params.kv_box[1] * params.kv_box[2] < 16 * Config::kSteps) {
     // Rows that no load will write: zeros, because 0 * NaN would reach the output.
     uint4* const v = reinterpret_cast<uint4*>(&smem.v);
     for (int i = threadIdx.x; i < int(sizeof(smem.v) / sizeof(uint4)); i += Config::kThreads) v[i] = make_uint4(0, 0, 0, 0);
+    if constexpr (Config::kMaskProduct) {  // and a NaN stays one under a hidden score
+      uint4* const k = reinterpret_cast<uint4*>(&smem.k);
+      for (int i = threadIdx.x; i < int(sizeof(smem.k) / sizeof(uint4)); i += Config::kThreads)
+        k[i] = make_uint4(0, 0, 0, 0);
+    }
+    fence_proxy_async();
+  }
+  if constexpr (Config::kMaskProduct) {
+    if (threadIdx.x == 0) smem.mask_product.init_barriers();
+    __syncthreads();  // row offsets
+    smem.mask_product.build(params.unit, smem.record.row_offset, threadIdx.x, Config::kThreads);
     fence_proxy_async();
   }
   __syncthreads();
@@ -876,6 +939,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
   if (warpgroup == Config::kConsumers) {
     decrease_registers<Config::kProducerRegisters>();
     if (warp < Config::kRings) produce<Config>(params, smem, warp);
+    if constexpr (Config::kMaskProduct) {
+      static_assert(Config::kShared && Config::kConsumers == 2, "the warps of the producer's warpgroup");
+      if (warp == 1) hide_keys<Config>(params, smem);
+      if (warp > 1) write_masks<Config>(params, smem, warp - 2);
+    }
   } else {
     increase_registers<Config::kConsumerRegisters>();
     consume<Config>(params, smem, warpgroup);

@@ -8,7 +8,7 @@
 
 namespace jax_na::hopper {
 
-//                                                     dim, columns, consumers, sharing, stages, query stages
+//                                                     dim, columns, consumers, sharing, stages, query stages, mask slots
 template <typename T, int kKernel>
 struct ForwardKernel;
 template <typename T>
@@ -16,7 +16,7 @@ struct ForwardKernel<T, 0> : ForwardConfig<T, 32, 112, 3, Sharing::kPrivate, 4, 
 template <typename T>
 struct ForwardKernel<T, 1> : ForwardConfig<T, 64, 128, 3, Sharing::kShared, 4, 2> {};
 template <typename T>
-struct ForwardKernel<T, 2> : ForwardConfig<T, 64, 208, 2, Sharing::kShared, 3, 2> {};
+struct ForwardKernel<T, 2> : ForwardConfig<T, 64, 160, 2, Sharing::kShared, 3, 2, 4> {};
 template <typename T>
 struct ForwardKernel<T, 3> : ForwardConfig<T, 128, 128, 2, Sharing::kShared, 2, 2> {};
 template <typename T>
@@ -30,7 +30,7 @@ struct ForwardKernel<T, 6> : SmallForwardConfig<T, 64> {};
 template <typename Config>
 constexpr bool config_matches(const KernelShape& shape) {
   return Config::kDim == shape.dim && Config::kN == shape.num_columns && Config::kConsumers == shape.num_consumers &&
-         Config::kSharing == shape.sharing;
+         Config::kSharing == shape.sharing && Config::kMaskProduct == shape.mask_product;
 }
 
 template <typename Config>

@@ -22,6 +22,7 @@ struct SmallForwardConfig {
   static constexpr int kN = kWarpColumns;             // of a consumer, at most
   static constexpr int kConsumers = kMostSmallWarps;  // at most; one more warp produces
   static constexpr Sharing kSharing = Sharing::kWarps;
+  static constexpr bool kMaskProduct = false;
   static constexpr int kThreads = 32 * kSmallWarpsOfSm;  // what the registers have to suffice for
   static_assert(kDim == 32 || kDim == 64, "a row is one swizzle span");
 };

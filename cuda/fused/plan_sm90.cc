@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "geometry.h"
+#include "mask_codes.h"
 #include "planned_queries.h"
 
 namespace jax_na::hopper {
@@ -104,11 +105,12 @@ class AxisCosts {
 // Weights of the cost model, in key columns of 64 rows.
 // PERF: relative times, from the arithmetic of a tile (see DESIGN.md); measured on an H200 only through the plans they
 // choose.
-constexpr double kTileOverhead = 16;   // per key tile: barriers, row maximum, rescaling
-constexpr double kMaskShare = 0.45;    // of a tile's columns, where a mask is applied
-constexpr double kItemOverhead = 100;  // per query tile: prologue and epilogue
-constexpr double kTurnShare = 0.86;    // of its consumers use a key tile: below, turns cost more than they gain
-constexpr double kLoadShare = 1.33;    // loading a column from L2, against multiplying it with 64 rows
+constexpr double kTileOverhead = 16;    // per key tile: barriers, row maximum, rescaling
+constexpr double kMaskShare = 0.45;     // of a tile's columns, where consumers apply a mask
+constexpr double kProductShare = 0.06;  // of a tile's columns, always, where the tensor cores do
+constexpr double kItemOverhead = 100;   // per query tile: prologue and epilogue
+constexpr double kTurnShare = 0.86;     // of its consumers use a key tile: below, turns cost more than they gain
+constexpr double kLoadShare = 1.33;     // loading a column from L2, against multiplying it with 64 rows
 
 double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const int32_t (&kv_box)[kMaxRank],
                  int32_t num_consumers) {
@@ -118,7 +120,8 @@ double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const
   const double consumers = c[0].tiles * c[1].tiles * c[2].tiles * num_consumers;
   // Columns past the box need a mask.
   const double full = kv_box[0] * kv_box[1] * kv_box[2] == n ? c[0].full * c[1].full * c[2].full : 0;
-  const double compute = visits * (n + kTileOverhead) + (visits - full) * n * kMaskShare + consumers * kItemOverhead;
+  const double masks = kernel.mask_product ? visits * n * kProductShare : (visits - full) * n * kMaskShare;
+  const double compute = visits * (n + kTileOverhead) + masks + consumers * kItemOverhead;
   const double load = loads * kv_box[0] * kv_box[1] * kv_box[2] * kLoadShare;
   return std::max(compute, load) + 0.15 * std::min(compute, load);
 }
@@ -181,6 +184,9 @@ double small_cost(const Problem& problem, const AxisCost (&c)[kMaxRank], const F
   return (rounds * round + kStartCycles) / kCyclesPerColumn * kSms / instances;
 }
 
+// Whether a hidden score (mask_product_sm90.h) is a weight of 0.
+bool hides_by_score(const Problem& problem) { return problem.scale >= 1e-20f; }
+
 // Extents worth trying on an axis: every one up to ten, then even ones.
 std::vector<int32_t> query_extents(int32_t limit) {
   std::vector<int32_t> result;
@@ -204,6 +210,18 @@ std::vector<std::array<int32_t, kMaxRank>> grids(const KernelShape& kernel) {
   return result;
 }
 
+// Whether a kernel with masks by the tensor cores has codes enough, and room for the keys' coordinates.
+bool mask_fits(const KernelShape& kernel, const int32_t (&unit)[kMaxRank], const int32_t (&kv_box)[kMaxRank],
+               const AxisCost (&c)[kMaxRank]) {
+  if (!kernel.mask_product) return true;
+  int32_t codes = 0, coordinates = 0;
+  for (int a = 0; a < kMaxRank; ++a) {
+    codes += codes_of_extent(unit[a]);
+    coordinates += (c[a].widest_union + kv_box[a] - 1) / kv_box[a] * kv_box[a];
+  }
+  return codes <= kMaskCodes && coordinates <= kMaskCoordinates;
+}
+
 // The best key box for one kernel, query unit and grid; improves `best`.
 void search_kv_boxes(const Problem& problem, int32_t index, const int32_t (&unit)[kMaxRank],
                      const std::array<int32_t, kMaxRank>& grid, std::vector<AxisCosts>& costs, ForwardPlan* best) {
@@ -225,7 +243,7 @@ void search_kv_boxes(const Problem& problem, int32_t index, const int32_t (&unit
       const AxisCost c[kMaxRank] = {c0, costs[1].get(unit[1], grid[1], n1), costs[2].get(unit[2], grid[2], n2)};
       const int32_t kv_box[kMaxRank] = {n0, n1, n2};
       const double cost = plan_cost(kernel, c, kv_box, num_consumers);
-      if (cost >= best->cost) continue;
+      if (cost >= best->cost || !mask_fits(kernel, unit, kv_box, c)) continue;
       *best = ForwardPlan();
       best->kernel = index;
       best->cost = cost;
@@ -300,7 +318,7 @@ ForwardPlan search(const Problem& problem) {
   for (const Axis& axis : problem.axis) costs.emplace_back(axis, problem.sharded != 0);
   for (int32_t k = 0; k < kNumForwardKernels; ++k) {
     const KernelShape& kernel = kForwardKernels[k];
-    if (kernel.dim != problem.dim) continue;
+    if (kernel.dim != problem.dim || (kernel.mask_product && !hides_by_score(problem))) continue;
     const int32_t rows = kernel.rows_per_consumer();
     for (int32_t m0 : query_extents(std::min(costs[0].queries(), costs[0].largest_box()))) {
       for (int32_t m1 : query_extents(std::min(costs[1].queries(), costs[1].largest_box()))) {
@@ -342,8 +360,15 @@ void complete(const Problem& problem, ForwardPlan* plan) {
 }
 
 // For a plan completed: within the limits of its kernel. What only an override can break.
-bool fits(const ForwardPlan& plan) {
-  if (plan.kernel < 0 || kForwardKernels[plan.kernel].sharing != Sharing::kWarps) return true;
+bool fits(const Problem& problem, const ForwardPlan& plan) {
+  if (plan.kernel < 0) return true;
+  const KernelShape& kernel = kForwardKernels[plan.kernel];
+  if (kernel.sharing != Sharing::kWarps) {
+    AxisCost c[kMaxRank];
+    for (int a = 0; a < kMaxRank; ++a)
+      c[a] = axis_cost(problem.axis[a], problem.sharded != 0, plan.unit[a], plan.grid[a], plan.kv_box[a]);
+    return !kernel.mask_product || (hides_by_score(problem) && mask_fits(kernel, plan.unit, plan.kv_box, c));
+  }
   const SmallPlan& small = plan.small;
   const int32_t total = small_layout(plan).total_bytes, boxes = plan.grid[0] * plan.grid[1] * plan.grid[2];
   return small.warps > 0 && small.warps % boxes == 0 &&
@@ -358,7 +383,8 @@ std::string key_of(const Problem& p) {
   for (const Axis& axis : p.axis) {
     for (int64_t v : {axis.q_len, axis.kv_len, axis.window, axis.stride, axis.dilation, axis.causal}) add(v);
   }
-  for (int64_t v : {int64_t(p.rank), int64_t(p.sharded), p.batch, int64_t(p.heads), int64_t(p.kv_heads), int64_t(p.dim)}) {
+  for (int64_t v : {int64_t(hides_by_score(p)), int64_t(p.rank), int64_t(p.sharded), p.batch, int64_t(p.heads),
+                    int64_t(p.kv_heads), int64_t(p.dim)}) {
     add(v);
   }
   return key;
@@ -477,7 +503,7 @@ ForwardPlan plan_forward(const Problem& problem) {
   ForwardPlan plan = search(problem);
   if (override_text != nullptr) apply_override(override_text, &plan);
   complete(problem, &plan);
-  if (!fits(plan)) plan.kernel = -1;
+  if (!fits(problem, plan)) plan.kernel = -1;
   plans.emplace(key, plan);
   const char* explain = std::getenv("JAX_NA_EXPLAIN");
   if (explain != nullptr && explain[0] == '1') std::fprintf(stderr, "%s\n", describe(plan).c_str());

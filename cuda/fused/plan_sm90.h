@@ -25,19 +25,20 @@ struct KernelShape {
   int32_t num_columns;    // key tokens of a tile; kWarps: of a warp
   int32_t num_consumers;  // warpgroups; kWarps: warps, at most
   Sharing sharing;
+  bool mask_product = false;  // tiles are masked by the tensor cores: mask_product_sm90.h
 
   constexpr int32_t rows_per_consumer() const { return sharing == Sharing::kWarps ? 16 : 64; }
 };
 
 // Every forward kernel; instantiated in forward_sm90_d*.cu, once per element type.
 constexpr KernelShape kForwardKernels[] = {
-    {32, 112, 3, Sharing::kPrivate},  // small tiles: the accumulators of three independent warpgroups fit
-    {64, 128, 3, Sharing::kShared},   // large windows: three warpgroups keep the exponentials busy
-    {64, 208, 2, Sharing::kShared},   // thin slabs of 14x14 keys
-    {128, 128, 2, Sharing::kShared},  // the FlashAttention-3 shape
-    {256, 64, 2, Sharing::kShared},   // output accumulators leave no room for more columns
-    {32, 112, 15, Sharing::kWarps},   // NAT: 2x7 or 4x4 queries and their 8x10 or 10x10 keys, out of any tile
-    {64, 112, 15, Sharing::kWarps},   // small windows of videos
+    {32, 112, 3, Sharing::kPrivate},       // small tiles: the accumulators of three independent warpgroups fit
+    {64, 128, 3, Sharing::kShared},        // large windows: three warpgroups keep the exponentials busy
+    {64, 160, 2, Sharing::kShared, true},  // boxes of queries, whose edge tiles are masked by the tensor cores
+    {128, 128, 2, Sharing::kShared},       // the FlashAttention-3 shape
+    {256, 64, 2, Sharing::kShared},        // output accumulators leave no room for more columns
+    {32, 112, 15, Sharing::kWarps},        // NAT: 2x7 or 4x4 queries and their 8x10 or 10x10 keys, out of any tile
+    {64, 112, 15, Sharing::kWarps},        // small windows of videos
 };
 constexpr int kNumForwardKernels = sizeof(kForwardKernels) / sizeof(kForwardKernels[0]);
 
@@ -60,6 +61,9 @@ struct SmallPlan {
   int32_t stages = 0;      // key tiles in flight
   int32_t ctas = 1;        // of an SM
 };
+
+// Of a mask by the tensor cores (its codes: mask_codes.h): coordinates of the keys that a query tile visits, over all axes.
+constexpr int kMaskCoordinates = 192;
 
 struct ForwardPlan {
   int32_t kernel = -1;                      // index in kForwardKernels

@@ -165,9 +165,10 @@ using BackwardVector = LaneVector<4>;  // head dimensions up to 128
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// out of a query, token of [batch, axes]. Its lse depends on no product with a hidden value, and stays.
+// out of a query, token of [batch, axes]. lse: [batch, axes, heads], computed again where it is NaN; or null, if it depends
+// on no product with a hidden key.
 template <typename T>
-__device__ __forceinline__ void recompute_out(const RowProblem& p, int32_t query_token, int32_t head) {
+__device__ __forceinline__ void recompute_out(const RowProblem& p, int32_t query_token, int32_t head, float* lse) {
   const RowWindow<Side::kQueries> window(p, uint32_t(query_token), head);
   const int64_t row = int64_t(query_token) * p.heads + head;
   const int64_t kv_tokens = int64_t(p.axis[0].kv_len) * p.axis[1].kv_len * p.axis[2].kv_len;
@@ -175,6 +176,7 @@ __device__ __forceinline__ void recompute_out(const RowProblem& p, int32_t query
   const ForwardVector query = ForwardVector::load<T>(p.query, row, p.dim);
   ForwardVector out;
   float row_max = -INFINITY, sum = 0.0f;
+  const bool with_lse = lse != nullptr && isnan(lse[row]);
   window.for_each(p, [&](int32_t token) {
     const int64_t at = (window.batch * kv_tokens + token) * p.kv_heads + kv_head;
     const float score = p.scale * kLog2E * query.dot(ForwardVector::load<T>(p.key, at, p.dim));
@@ -184,8 +186,9 @@ __device__ __forceinline__ void recompute_out(const RowProblem& p, int32_t query
     sum = sum * correction + weight;
     for (float& x : out.x) x *= correction;
     out.add(weight, ForwardVector::load<T>(p.value, at, p.dim));
-    return !out.all_nan(p.dim);
+    return !(out.all_nan(p.dim) && (!with_lse || isnan(sum)));
   });
+  if (with_lse && threadIdx.x % 32 == 0) lse[row] = row_max / kLog2E + __logf(sum);
   out.store<T>(p.out, row, p.dim, sum == 0.0f ? 0.0f : __fdividef(1.0f, sum));
 }
 

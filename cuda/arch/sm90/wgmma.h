@@ -48,6 +48,13 @@ __device__ __forceinline__ uint64_t descriptor_mn_major(uint32_t address, uint32
   return matrix_descriptor<kRowBytes>(address, block_bytes);
 }
 
+// A tile without a swizzle whose rows are M (or N) and whose columns are K: chunks of 16 bytes of all rows follow one
+// another, chunk_bytes apart.
+__device__ __forceinline__ uint64_t descriptor_plain(uint32_t address, uint32_t chunk_bytes) {
+  constexpr uint64_t kStrideBytes = 8 * 16;  // from one group of eight rows to the next
+  return ((kStrideBytes >> 4) << 32) | (uint64_t(chunk_bytes >> 4) << 16) | uint64_t((address & 0x3FFFF) >> 4);
+}
+
 // The descriptor `bytes` further (a multiple of 16, no carry out of the address field).
 __device__ __forceinline__ uint64_t descriptor_advance(uint64_t descriptor, uint32_t bytes) {
   return (descriptor & 0xFFFFFFFF00000000) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
