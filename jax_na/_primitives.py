@@ -162,7 +162,6 @@ def _batch(primitive: Primitive, args: Sequence[Array], dims: Sequence[int | Non
     """
     if dims[-1] is not None:
         raise NotImplementedError("neighborhood attention: the halo operand (shard offsets) cannot be vmapped")
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     spec: Spec = params["spec"]
     bias_ndim = 1 + spec.rank
     n = _num_inputs(params["has_bias"], params["has_extra"])
@@ -174,14 +173,8 @@ def _batch(primitive: Primitive, args: Sequence[Array], dims: Sequence[int | Non
             is_bias[n + 3] = True
     bias_mapped = any(b and (d is not None or a.ndim > bias_ndim) for a, d, b in zip(args, dims, is_bias, strict=True))
     needs_bias_batch = params["has_bias"] and (bias_mapped or primitive is na_backward_p)
-    moved = []
-    for array, dim, bias in zip(args[:-1], dims[:-1], is_bias[:-1], strict=True):
-        if dim is not None:
-            moved.append(jnp.moveaxis(array, dim, 0))
-        elif bias and not needs_bias_batch:
-            moved.append(array)
-        else:
-            moved.append(jnp.broadcast_to(array, (size, *array.shape)))
+    keep = [bias and not needs_bias_batch for bias in is_bias]
+    moved = _sharding.move_mapped(args[:-1], dims[:-1], keep[:-1])
     outs = primitive.bind(*moved, args[-1], **params)
     return outs, [0] * len(outs)
 

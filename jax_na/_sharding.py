@@ -210,7 +210,7 @@ def _rule(where: Layout, heads: int, kv_heads: int, mesh: Mesh) -> SdyShardingRu
     only_result = not any("g" in names for names in where.operands)
     if heads == kv_heads:
         rename = {"h": "g"}
-    elif kv_heads > 1 and not mesh.empty and (only_result or all(kv_heads % size == 0 for size in mesh.shape.values())):
+    elif kv_heads > 1 and (only_result or (not mesh.empty and all(kv_heads % size == 0 for size in mesh.shape.values()))):
         rename = {"h": CompoundFactor("g", "r")}
 
     def mapping(names: Sequence[str]) -> ArrayMapping:
@@ -369,3 +369,24 @@ def reshard_explicit(where: Layout, operands: Sequence[Array], results: Sequence
         jax.sharding.reshard(array, NamedSharding(mesh, chosen.spec(names)))
         for array, names in zip(operands, factors, strict=True)
     ]
+
+
+def move_mapped(args: Sequence[Array], dims: Sequence[int | None], keep: Sequence[bool] = ()) -> list[Array]:
+    """Operands of a batching rule with the mapped axis first; those that are not mapped are broadcast along it.
+
+    On a mesh with Explicit axes the new axis is sharded as the mapped ones are: the operands of a product must agree in type,
+    or its transpose would get a cotangent of another. ``keep``: which unmapped operands stay as they are.
+    """
+    first, axis = next((array, dim) for array, dim in zip(args, dims, strict=True) if dim is not None)
+    size, sharding = first.shape[axis], jax.typeof(first).sharding
+    entry = sharding.spec[axis]
+
+    def move(array: Array, dim: int | None, keep: bool) -> Array:
+        if dim is not None:
+            return jnp.moveaxis(array, dim, 0)
+        if keep:
+            return array
+        spread = None if entry is None else sharding.update(spec=PartitionSpec(entry, *jax.typeof(array).sharding.spec))
+        return lax.broadcast(array, (size,), out_sharding=spread)
+
+    return [move(*given) for given in zip(args, dims, keep or (False,) * len(args), strict=True)]

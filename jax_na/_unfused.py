@@ -270,12 +270,7 @@ def _batch(primitive: Primitive, args: Sequence[Array], dims: Sequence[int | Non
     """The mapped axis becomes one more leading dimension; an operand that is not mapped is broadcast along it."""
     if dims[-1] is not None:
         raise NotImplementedError("neighborhood attention: the halo operand (shard offsets) cannot be vmapped")
-    size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-    moved = [
-        jnp.broadcast_to(a, (size, *a.shape)) if d is None else jnp.moveaxis(a, d, 0)
-        for a, d in zip(args[:-1], dims[:-1], strict=True)
-    ]
-    return primitive.bind(*moved, args[-1], **params), [0]
+    return primitive.bind(*_sharding.move_mapped(args[:-1], dims[:-1]), args[-1], **params), [0]
 
 
 def _lower(primitive: Primitive, body: Callable[..., Any], platform: str, ctx: Any, *operands: Any, **params: Any) -> Any:
