@@ -22,6 +22,18 @@ PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 attend = functools.partial(jax_na.neighborhood_attention, window_size=3)
 reference = functools.partial(attend, implementation="reference")
 on_cuda = functools.partial(attend, implementation="cuda")
+with_weights = functools.partial(attend, return_weights=True)
+
+
+def pair(query, key, value, is_causal=False):
+    """The same through the unfused pair."""
+    weights = jax.nn.softmax(jax_na.na_qk(query, key, 3, is_causal=is_causal), -1)
+    return jax_na.na_av(weights, value, 3, is_causal=is_causal)
+
+
+CALLS = {"attention": attend, "pair": pair, "weights": with_weights}
+over_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+over_unfused = pytest.mark.parametrize("call", [pair, with_weights], ids=["pair", "weights"])
 
 
 @functools.lru_cache
@@ -31,7 +43,7 @@ def operands(*lead: int, length: int = 6, heads: int = 2, dim: int = 4, count: i
 
 
 def total(function, *given):
-    return jnp.sum(jnp.sin(function(*given)))
+    return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(function(*given)))
 
 
 def gradient(function):
@@ -62,6 +74,13 @@ def all_operands(*lead: int):
     return (*operands(*lead, 2), bias, *operands(*lead, 2, length=3, count=2, seed=2))
 
 
+def values_and_gradients(*given):
+    return with_bias(*given), jax.grad(lambda *given: total(with_bias, *given), range(6))(*given)
+
+
+one_at_a_time = jax.jit(values_and_gradients)
+
+
 @pytest.mark.parametrize("mapped", [m for m in itertools.product([0, None], repeat=4) if any(a == 0 for a in m)])
 def test_vmap_of_any_subset(mapped):
     """Of query, (key, value), bias, additional tokens: values and gradients equal a loop."""
@@ -70,12 +89,8 @@ def test_vmap_of_any_subset(mapped):
     stacked = all_operands(3)
     given = [x if axis == 0 else x[0] for x, axis in zip(stacked, axes, strict=True)]
 
-    def both(*given):
-        return with_bias(*given), jax.grad(lambda *given: total(with_bias, *given), range(6))(*given)
-
-    actual = jax.jit(jax.vmap(both, axes))(*given)
-    run = jax.jit(both)
-    looped = [run(*(x[i] if axis == 0 else x for x, axis in zip(given, axes, strict=True))) for i in range(3)]
+    actual = jax.jit(jax.vmap(values_and_gradients, axes))(*given)
+    looped = [one_at_a_time(*(x[i] if axis == 0 else x for x, axis in zip(given, axes, strict=True))) for i in range(3)]
     close(actual, jax.tree.map(lambda *x: jnp.stack(x), *looped))
 
 
@@ -100,6 +115,22 @@ def test_vmap_of_a_bias_twice_and_of_its_gradient():
     run = jax.jit(gradient_of_bias)
     wanted = [[run(q[i, j], k[i, j], v[i, j], bias[i, j]) for j in range(3)] for i in range(2)]
     close(actual, jnp.array(wanted))
+
+
+@over_unfused
+def test_vmap_of_the_unfused_calls(call):
+    """Nested, over different axes and subsets, and of gradients: equal to a loop."""
+    q, k, v = operands(2, 3, 1)
+
+    def both(*given):
+        return call(*given), gradient(call)(*given)
+
+    actual = jax.jit(jax.vmap(jax.vmap(both, (0, None, 0)), (3, 2, 0)))(
+        jnp.moveaxis(q, 0, 3), jnp.moveaxis(k[:, 0], 0, 2), v
+    )
+    run = jax.jit(both)
+    looped = [[run(q[i, j], k[i, 0], v[i, j]) for j in range(3)] for i in range(2)]
+    close(actual, jax.tree.map(lambda *x: jnp.stack(x).reshape(2, 3, *x[0].shape), *itertools.chain(*looped)))
 
 
 # --- differentiation ---------------------------------------------------------------------------------------------------
@@ -181,6 +212,20 @@ def test_remat_numbers():
     close(jax.jit(gradient(jax.checkpoint(attend, policy=both)))(*given), gradient(attend)(*given))
 
 
+@over_unfused
+def test_forward_mode_of_the_unfused_calls(call):
+    """jvp, linearize and its transpose, against the attention of the definition (of the weights: against finite differences)."""
+    given, tangents = operands(1), operands(1, seed=5)
+
+    def out(function):
+        return lambda *given: jax.tree.leaves(function(*given))[0]
+
+    close(jax.jit(functools.partial(jax.jvp, out(call)))(given, tangents), jax.jvp(reference, given, tangents))
+    values, linear = jax.linearize(out(call), *given)
+    close(jax.linear_transpose(linear, *given)(values), jax.vjp(reference, *given)[1](values))
+    check_grads(jax.jit(call), given, order=1, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+
+
 def test_inside_scan_and_cond():
     q, k, v = operands(1)
 
@@ -256,6 +301,14 @@ def test_export_serialize_reload_run_and_differentiate():
         return sum(jnp.sum(g**2) for g in gradient(function)(*given))
 
     close(jax.grad(functools.partial(squared, reloaded.call))(*given), jax.grad(functools.partial(squared, attend))(*given))
+
+
+@over_unfused
+def test_export_of_the_unfused_calls(call):
+    given = operands(1)
+    reloaded = export.deserialize(export.export(jax.jit(call))(*given).serialize(vjp_order=1))
+    close(jax.jit(reloaded.call)(*given), call(*given))
+    close(jax.jit(gradient(reloaded.call))(*given), jax.jit(gradient(call))(*given))
 
 
 def test_export_for_cuda_needs_the_shipped_safety_checks():
@@ -344,10 +397,11 @@ def test_the_persistent_compilation_cache_hits_in_a_second_process(tmp_path):
 # --- modes of JAX ----------------------------------------------------------------------------------------------------
 
 
+@over_calls
 @pytest.mark.parametrize("mode", ["debug_nans", "debug_infs", "disable_jit", "enable_checks", "numpy_rank_promotion"])
-def test_debugging_modes(mode):
+def test_debugging_modes(mode, call):
     given = operands(1)
-    wanted = gradient(attend)(*given)
+    wanted = gradient(call)(*given)
     context = {
         "debug_nans": lambda: jax.debug_nans(True),
         "debug_infs": lambda: jax.debug_infs(True),
@@ -356,48 +410,86 @@ def test_debugging_modes(mode):
         "numpy_rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
     }[mode]
     with context():
-        close(gradient(attend)(*given), wanted)
-        close(jax.jit(lambda *given: jax.jvp(attend, given, given)[0])(*given), attend(*given))
+        close(gradient(call)(*given), wanted)
+        close(jax.jit(lambda *given: jax.jvp(call, given, given)[0])(*given), call(*given))
 
 
-def test_debug_nans_finds_the_call_that_made_one():
-    q, k, v = operands(1)
+@pytest.mark.parametrize("call", [attend, pair], ids=["attention", "pair"])
+def test_debug_nans_with_a_causal_mask(call):
+    """The scores outside the mask are -inf: neither values nor gradients make a NaN of them."""
+    given = operands(1)
+    causal = functools.partial(call, is_causal=True)
+    wanted = gradient(functools.partial(reference, is_causal=True))(*given)
+    with jax.debug_nans(True):
+        close(gradient(causal)(*given), wanted)
+    if call is pair:
+        with jax.debug_infs(True), pytest.raises(FloatingPointError):  # they are infinite, and that mode says so
+            causal(*given)
+
+
+@over_calls
+@pytest.mark.parametrize("poisoned", range(3), ids=["query", "key", "value"])
+def test_debug_nans_finds_the_call_that_made_one(poisoned, call):
+    given = list(operands(1))
+    given[poisoned] = np.full_like(given[poisoned], np.nan)
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
-        attend(np.full_like(q, np.nan), k, v)
+        call(*given)
 
 
-def test_x64_mode_keeps_dtypes():
+@over_calls
+def test_x64_mode_keeps_dtypes(call):
     with jax.enable_x64(True):
-        for dtype, lse_dtype in ((np.float64, np.float64), (np.float32, np.float32), (jnp.bfloat16, np.float32)):
+        for dtype in (np.float64, np.float32, jnp.bfloat16):
             given = tuple(x.astype(dtype) for x in operands(1))
-            out, lse = attend(*given, return_lse=True)
-            assert (out.dtype, lse.dtype) == (dtype, lse_dtype)
-            assert all(g.dtype == dtype for g in gradient(attend)(*given))
+            values, grads = jax.jit(lambda *given: (call(*given), gradient(call)(*given)))(*given)
+            assert all(x.dtype == dtype for x in jax.tree.leaves((values, grads)))
+            if call is not pair:
+                lse = jax.eval_shape(functools.partial(call, return_lse=True), *given)[1]
+                assert lse.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        given = tuple(x.astype(np.float64) for x in operands(1))
+        close(call(*given), jax.jit(call)(*given), 1e-12)
+        close(jax.tree.leaves(call(*given))[0], reference(*given), 1e-12)
 
 
-def test_donated_operands():
+@over_calls
+def test_donated_operands(call):
     q, k, v = (jnp.asarray(x) for x in operands(1))
-    wanted = np.asarray(attend(q, k, v))
-    close(jax.jit(attend, donate_argnums=0)(q, k, v), wanted)
+    wanted = jax.tree.map(np.asarray, call(q, k, v))
+    close(jax.jit(call, donate_argnums=0)(q, k, v), wanted)
     assert q.is_deleted()
 
 
-def test_eval_shape_and_weak_types():
+@over_calls
+def test_eval_shape_and_weak_types(call):
     q, k, v = operands(1)
-    shapes = jax.eval_shape(lambda *given: (attend(*given, return_lse=True), gradient(attend)(*given)), q, k, v)
-    (out, lse), grads = shapes
-    assert (out.shape, lse.shape) == (q.shape, q.shape[:-1])
-    assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+    shapes = jax.eval_shape(lambda *given: (call(*given), gradient(call)(*given)), q, k, v)
+    values = [q.shape, (*q.shape[:-1], 3)][: 2 if call is with_weights else 1]
+    assert [x.shape for x in jax.tree.leaves(shapes)] == [*values, q.shape, k.shape, v.shape]
     weak = jax.lax.broadcast_in_dim(jnp.asarray(1.0), q.shape, ())
     assert weak.weak_type
-    out = attend(weak, k, v)
-    assert not out.weak_type and out.dtype == np.float32
-    assert jax.grad(lambda q: jnp.sum(attend(q, k, v)))(weak).shape == q.shape
+    for given in ((weak, k, v), (q, weak, v), (q, k, weak), (weak, weak, weak)):
+        assert all(not x.weak_type and x.dtype == np.float32 for x in jax.tree.leaves(jax.eval_shape(call, *given)))
+    wanted = gradient(call)(np.ones_like(q), k, v)
+    close(gradient(call)(weak, k, v), wanted)
 
 
+def test_eval_shape_of_lse():
+    q, k, v = operands(1)
+    out, lse = jax.eval_shape(functools.partial(attend, return_lse=True), q, k, v)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:-1])
+
+
+@over_calls
 @pytest.mark.parametrize("lead", [(0,), (0, 1), (2, 0)])
-def test_zero_size_batch(lead):
+def test_zero_size_batch(lead, call):
     given = operands(*lead)
-    function = attend if len(lead) == 1 else jax.vmap(attend)
-    for run in (function, gradient(function), lambda *given: jax.jvp(function, given, given)):
-        assert all(x.shape == given[0].shape for x in jax.tree.leaves(jax.jit(run)(*given)))
+    function = call if len(lead) == 1 else jax.vmap(call)
+    rows = given[0].shape
+    values = [rows, (*rows[:-1], 3)][: 2 if call is with_weights else 1]
+
+    def shapes(run):
+        return [x.shape for x in jax.tree.leaves(jax.jit(run)(*given))]
+
+    assert shapes(function) == values
+    assert shapes(gradient(function)) == [rows] * 3
+    assert shapes(lambda *given: jax.jvp(function, given, given)) == 2 * values
