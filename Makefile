@@ -17,7 +17,7 @@ demo: .venv-demo/installed
 	.venv-demo/bin/python examples/demo.py
 
 test: .venv-test/installed
-	$(INSTALLED) .venv-test/bin/python -m pytest -n 2 -m "not slow" tests
+	$(INSTALLED) .venv-test/bin/python -m pytest -n 2 --dist worksteal -m "not slow" tests
 
 # The models beside PyTorch models written by others, with the same random weights; and what takes long: a generator at 256 pixels.
 parity: .venv-parity/installed

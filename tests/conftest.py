@@ -20,7 +20,11 @@ if "PYTEST_XDIST_WORKER" in os.environ and "JAX_NA_SPREAD_OVER_GPUS" in os.envir
 
 import jax
 
+from jax_na.testing.compiled import AS_USERS
+
 jax.config.update("jax_num_cpu_devices", 8)
+if AS_USERS:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
 def _num_gpus() -> int:

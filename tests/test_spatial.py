@@ -13,7 +13,7 @@ import jax_na
 from jax_na._exchange import exchange
 from jax_na._spatial import halo_widths
 from jax_na._window import visible
-from jax_na.testing.compiled import QUICK, traffic
+from jax_na.testing.compiled import AS_USERS, QUICK, traffic
 
 
 def make_mesh(kind=AxisType.Auto):
@@ -56,7 +56,7 @@ def compare(given, mesh, partition, *, exact=True, gradients=True, **arguments):
             values, vjp = jax.vjp(lambda given: function(**given), given)
             return (values, vjp(jax.grad(total)(values))) if gradients else values
 
-        return jax.jit(run, compiler_options=None if exact else QUICK)
+        return jax.jit(run, compiler_options=AS_USERS if exact else QUICK)
 
     with jax.set_mesh(mesh):
         tokens = {"query", "key", "value"}

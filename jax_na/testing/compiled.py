@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import jax
+
 # Optimizing machine code is half of a compilation on CPU; for tests that are about collectives, and numbers to a tolerance.
+# (Options of jax.jit; the fixture quick_compilation of tests/conftest.py does the same to every compilation in a test.)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# Before JAX 0.11, XLA's older code generators for CPU are still there, and two to five times as quick to compile. The test suite
+# chooses them (tests/conftest.py); what is tested as users compile it is given these options.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 COLLECTIVES = frozenset({"all-gather", "all-reduce", "collective-permute", "all-to-all", "reduce-scatter"})
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(sorted(COLLECTIVES))})(?:-start)?\(")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from jax_na import _definition
 from jax_na._spec import Inputs, Spec
+from jax_na.testing.compiled import QUICK
 
 Array = Any
 
@@ -33,7 +35,7 @@ def same_precision(
     """The definition in the inputs' own precision, weights rounded to it: values and gradients."""
     plain = dataclasses.replace(spec, implementation=None)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
     def run(inputs: Inputs, grad_out: Array, grad_lse: Array) -> Any:
         values, vjp = jax.vjp(lambda x: _definition.attention(plain, x, halo, inputs.query.dtype), inputs)
         return values, vjp((grad_out, grad_lse.astype(values[1].dtype)))[0]
