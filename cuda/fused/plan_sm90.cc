@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "geometry.h"
@@ -24,6 +25,7 @@ struct AxisCost {
   double loads = 0;          // key tiles loaded by a CTA
   double visits = 0;         // key tiles multiplied by a consumer, summed over the consumers on this axis
   double full = 0;           // of those, the ones inside every row's window
+  double most_visits = 0;    // of a query tile
   int32_t widest = 0;        // keys that a consumer's queries see, at most
   int32_t widest_union = 0;  // keys that a tile's queries see, at most
 };
@@ -49,6 +51,7 @@ AxisCost axis_cost(const Axis& axis, bool sharded, int32_t q_box, int32_t consum
       sum.tiles += 1;
       total.widest_union = std::max(total.widest_union, end - begin);
       sum.loads += (end - begin + kv_box - 1) / kv_box;
+      double visits = 0;
       for (int32_t w = 0; w < consumers; ++w) {
         const int32_t w_first = first + w * q_box;
         if (w_first >= queries_end) break;
@@ -58,11 +61,13 @@ AxisCost axis_cost(const Axis& axis, bool sharded, int32_t q_box, int32_t consum
         total.widest = std::max(total.widest, high.end - low.begin);
         const int32_t first_tile = (low.begin - begin) / kv_box;
         const int32_t end_tile = (high.end - begin + kv_box - 1) / kv_box;
-        sum.visits += end_tile - first_tile;
+        visits += end_tile - first_tile;
         const int32_t first_full = (high.begin - begin + kv_box - 1) / kv_box;
         const int32_t end_full = (low.end - begin) / kv_box;
         sum.full += std::max(0, end_full - first_full);
       }
+      sum.visits += visits;
+      total.most_visits = std::max(total.most_visits, visits);
     }
     total.tiles += groups * sum.tiles;
     total.loads += groups * sum.loads;
@@ -127,32 +132,34 @@ double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const
 }
 
 // Kernels for small windows, in cycles of an SM.
-// PERF: fitted to measured plans of the small windows of the benchmark (H200).
 constexpr int32_t kSms = 132;             // as if it were an H100 or H200
 constexpr double kCyclesPerColumn = 8.5;  // of a `wgmma` kernel, as they count
-constexpr double kStartCycles = 6000;     // of a launch
-constexpr double kRoundCycles = 500;      // waiting at the ends of an item
-constexpr double kRowCycles = 5;          // TMA, a row of 64 or 128 bytes
-constexpr double kPlaceCycles = 2000;     // the producer, an item
-constexpr double kRecordCycles = 300;     // and 32 rows of records, of an item or a key tile
-// A warp over its columns with one head: of the SM, if there are enough warps, and till it is done.
-constexpr double pass_cycles(int32_t dim, double columns) {
-  return 150 + 2.75 * columns + (dim / 32 - 1) * (10 + 0.5 * columns);
-}
-constexpr double pass_latency(int32_t dim, double columns) { return (1600 + 22 * columns) * (1 + 0.85 * (dim / 32 - 1)); }
+constexpr double kCtaCycles = 600;        // of a launch, for every further CTA of an SM
+struct SmallTimes {
+  double start;                         // of a launch, first and last items included
+  double round;                         // waiting at the ends of an item
+  double row;                           // TMA, a row of 64 or 128 bytes
+  double place;                         // the producer, an item
+  double records;                       // and 32 rows of records, of an item or a key tile
+  double exposed;                       // share of an item's first records, when they are not kept
+  double run;                           // share for a box of one query in the innermost axis: short runs in memory
+  double pass, column;                  // a warp over its columns with one head: of the SM, if there are enough warps
+  double pass_latency, column_latency;  // and till it is done
+  double output, output_latency;        // of a warp with one head
+};
+// PERF: fitted to 317 measured plans of 19 problems with small windows (H200): off by 2 % on average at head dimension 32,
+// by 4 % at 64; more for plans that are far from the best.
+constexpr SmallTimes kSmallTimes32 = {15150, 177, 3.99, 3440, 249, 0.17, 0.028, 89, 1.4, 429, 26, 83, 195};
+constexpr SmallTimes kSmallTimes64 = {3220, 2110, 5.03, 403, 464, 0.23, 0, 97, 3.3, 275, 0, 0, 285};
 
-// Chooses the stages of a plan of a kWarps kernel. False if it does not fit.
-bool allot_shared_memory(ForwardPlan* plan, bool one_tile) {
-  for (int32_t stages = one_tile ? 2 : kMostSmallStages; stages >= 2; --stages) {
-    plan->small.stages = stages;
-    plan->small.q_stages = 2;
-    const int32_t bytes = small_layout(*plan).total_bytes;
-    if (bytes <= kMostSharedBytes && (bytes + 1024) * plan->small.ctas <= kSharedBytesOfSm) return true;
-  }
-  return false;
+// Whether a kWarps kernel has room for so many query and key tiles under way.
+bool has_room(const ForwardPlan& plan) {
+  const int32_t bytes = small_layout(plan).total_bytes;
+  return bytes <= kMostSharedBytes && (bytes + 1024) * plan.small.ctas <= kSharedBytesOfSm;
 }
 
-double small_cost(const Problem& problem, const AxisCost (&c)[kMaxRank], const ForwardPlan& plan, bool one_tile,
+// parts: key tiles of a query tile, at most.
+double small_cost(const Problem& problem, const AxisCost (&c)[kMaxRank], const ForwardPlan& plan, int32_t parts,
                   double columns) {
   const SmallPlan& small = plan.small;
   int32_t boxes = 1, queries = 1, keys = 1, places = 1;
@@ -165,23 +172,32 @@ double small_cost(const Problem& problem, const AxisCost (&c)[kMaxRank], const F
               problem.axis[a].dilation;
   }
   const double tiles = c[0].tiles * c[1].tiles * c[2].tiles, loads = c[0].loads * c[1].loads * c[2].loads / tiles;
-  const double instances = double(problem.batch) * problem.heads;
-  const int32_t ctas = aligned_ctas(kSms * small.ctas, places);
-  const double rounds = std::ceil(tiles * instances / small.item_heads / ctas);
-  // CTAs that stay at their places keep the records, and a whole tile is always whole.
-  const bool stays = one_tile && ctas % places == 0;
-  const double visits = stays ? boxes : c[0].visits * c[1].visits * c[2].visits / tiles;
-  const double passes = visits * small.item_heads;
-  const double compute = std::max(small.ctas * passes * pass_cycles(problem.dim, columns),
-                                  passes / small.warps * pass_latency(problem.dim, columns));
-  // Warps whose keys lie in tiles that are not under way wait.
-  const double idle = std::max(1.0, loads / (visits / boxes + small.stages - 1));
-  const double load = small.ctas * (queries + 2 * loads * keys) * kRowCycles;
-  const double rows = kRecordCycles * ((boxes + 1) / 2);  // records of an item, or of a key tile
-  const double records = kPlaceCycles + (stays ? 0 : rows * (1 + loads));
-  const double exposed = stays ? 0 : 0.25 * (kPlaceCycles + rows * 2);
-  const double round = std::max({compute * idle, load, records}) + 0.1 * load + exposed + kRoundCycles;
-  return (rounds * round + kStartCycles) / kCyclesPerColumn * kSms / instances;
+  const double total_visits = c[0].visits * c[1].visits * c[2].visits;
+  const int32_t ctas = scheduled_ctas(kSms * small.ctas, places);
+  const double items = tiles * problem.batch * problem.heads / small.item_heads / ctas;  // of a CTA
+  // CTAs that stay at their places keep the records, and the fullest tile is the last to be done.
+  const bool stays = ctas % places == 0, keeps = stays && small.stages % parts == 0;
+  const double visits = stays ? c[0].most_visits * c[1].most_visits * c[2].most_visits : total_visits / tiles;
+  const double passes = visits * small.item_heads, outputs = (stays ? boxes : visits / loads) * small.item_heads;
+  const SmallTimes& time = problem.dim == 32 ? kSmallTimes32 : kSmallTimes64;
+  // A warp stays with one of four schedulers; the fullest one is done last, though not in proportion.
+  const int32_t busy = small.warps + (keeps ? 0 : 1);
+  const double uneven = std::pow((busy + 3) / 4 * 4.0 / busy, 0.3);
+  const double throughput = small.ctas * uneven * (passes * (time.pass + time.column * columns) + outputs * time.output);
+  const double latency =
+      (passes * (time.pass_latency + time.column_latency * columns) + outputs * time.output_latency) / small.warps;
+  const double compute = std::pow(std::pow(throughput, 4) + std::pow(latency, 4), 0.25);
+  // Key tiles loaded, for one that a warp multiplies with: the others it waits for all the same.
+  const double skipped = std::max(1.0, loads * problem.q_tokens() * boxes / queries / total_visits);
+  const double idle = std::pow(skipped, 0.65);
+  const double load = small.ctas * (queries + 2 * loads * keys) * time.row;
+  const double rows = time.records * ((boxes + 1) / 2);
+  const double records = time.place + (keeps ? 0 : rows * (1 + loads));
+  const double exposed = keeps ? 0 : time.exposed * (time.place + rows * 2);
+  const double round = std::max({compute * idle, load, records}) + exposed + time.round;
+  const double cycles = 0.5 * (items + std::ceil(items)) * round + time.start + small.ctas * kCtaCycles;
+  return cycles * (1 + time.run / plan.unit[kMaxRank - 1]) / kCyclesPerColumn * kSms /
+         (double(problem.batch) * problem.heads);
 }
 
 // Whether a hidden score (mask_product_sm90.h) is a weight of 0.
@@ -264,7 +280,7 @@ void search_small_plans(const Problem& problem, int32_t index, const int32_t (&u
   const KernelShape& kernel = kForwardKernels[index];
   ForwardPlan plan;
   plan.kernel = index;
-  int32_t boxes = 1, coordinates = 0, split = kMaxRank - 1;  // split: the axis whose keys may come in several tiles
+  int32_t boxes = 1, coordinates = 0;
   for (int a = kMaxRank - 1; a >= 0; --a) {
     const int32_t extent = unit[a] * grid[a];
     if (extent > costs[a].largest_box() || (grid[a] > 1 && unit[a] * (grid[a] - 1) >= costs[a].queries())) return;
@@ -273,38 +289,45 @@ void search_small_plans(const Problem& problem, int32_t index, const int32_t (&u
     plan.kv_box[a] = std::min(costs[a].get(unit[a], grid[a], 1).widest_union, costs[a].keys());
     boxes *= grid[a];
     coordinates += extent;
-    if (plan.kv_box[a] > 1) split = a;
   }
   if (coordinates > kMostSmallCoordinates) return;
   for (int a = 0; a < kMaxRank; ++a)
     if (plan.kv_box[a] > costs[a].largest_box()) return;
   const bool pairs = problem.dim == 32 && problem.kv_heads == problem.heads && problem.heads % 2 == 0;
-  const int32_t whole = plan.kv_box[split];
-  for (int32_t parts = 1, last = 0; parts <= whole; ++parts) {
-    plan.kv_box[split] = (whole + parts - 1) / parts;
-    if (plan.kv_box[split] == last) continue;
-    last = plan.kv_box[split];
-    int32_t keys = 1;
-    AxisCost c[kMaxRank];
-    for (int a = 0; a < kMaxRank; ++a) {
-      c[a] = costs[a].get(unit[a], grid[a], plan.kv_box[a]);
-      keys *= std::min(plan.kv_box[a], c[a].widest);
-    }
-    if (keys > kernel.num_columns) continue;
-    for (int32_t heads = 1; heads <= (pairs ? 2 : 1); ++heads) {
-      for (int32_t warps = boxes; warps <= boxes * heads && warps <= kernel.num_consumers; warps += boxes) {
-        if (warps < boxes * heads && parts > 1) continue;  // a warp can hold the state of one head
-        for (int32_t ctas = 1; ctas * (warps + 1) <= kSmallWarpsOfSm; ++ctas) {
-          plan.small.item_heads = heads;
-          plan.small.warps = warps;
-          plan.small.ctas = ctas;
-          if (!allot_shared_memory(&plan, parts == 1)) break;
-          const double columns = keys <= 64 ? 64 : keys <= 80 ? 80 : kernel.num_columns;
-          plan.cost = small_cost(problem, c, plan, parts == 1, columns);
-          if (plan.cost >= best->cost) continue;
-          plan.visited = c[0].visits * c[1].visits * c[2].visits * kernel.rows_per_consumer() * columns /
-                         (double(problem.q_tokens()) * problem.window_volume());
-          *best = plan;
+  // The keys of one axis may come in several tiles.
+  const int32_t whole[kMaxRank] = {plan.kv_box[0], plan.kv_box[1], plan.kv_box[2]};
+  for (int split = 0; split < kMaxRank; ++split) {
+    for (int32_t parts = split == 0 ? 1 : 2, last = 0; parts <= whole[split]; ++parts) {
+      std::copy(whole, whole + kMaxRank, plan.kv_box);
+      plan.kv_box[split] = (whole[split] + parts - 1) / parts;
+      if (plan.kv_box[split] == last) continue;
+      last = plan.kv_box[split];
+      int32_t keys = 1;
+      AxisCost c[kMaxRank];
+      for (int a = 0; a < kMaxRank; ++a) {
+        c[a] = costs[a].get(unit[a], grid[a], plan.kv_box[a]);
+        keys *= std::min(plan.kv_box[a], c[a].widest);
+      }
+      if (keys > kernel.num_columns) continue;
+      for (int32_t heads = 1; heads <= (pairs ? 2 : 1); ++heads) {
+        for (int32_t warps = boxes; warps <= boxes * heads && warps <= kernel.num_consumers; warps += boxes) {
+          if (warps < boxes * heads && parts > 1) continue;  // a warp can hold the state of one head
+          for (int32_t ctas = 1; ctas * (warps + 1) <= kSmallWarpsOfSm; ++ctas) {
+            plan.small.item_heads = heads;
+            plan.small.warps = warps;
+            plan.small.ctas = ctas;
+            plan.small.q_stages = 2;
+            for (int32_t stages = parts == 1 ? 2 : kMostSmallStages; stages >= 2; --stages) {
+              plan.small.stages = stages;
+              if (!has_room(plan)) continue;
+              const double columns = keys <= 64 ? 64 : keys <= 80 ? 80 : kernel.num_columns;
+              plan.cost = small_cost(problem, c, plan, parts, columns);
+              if (plan.cost >= best->cost) continue;
+              plan.visited = c[0].visits * c[1].visits * c[2].visits * kernel.rows_per_consumer() * columns /
+                             (double(problem.q_tokens()) * problem.window_volume());
+              *best = plan;
+            }
+          }
         }
       }
     }
@@ -466,9 +489,11 @@ SmallLayout small_layout(const ForwardPlan& plan) {
   return result;
 }
 
-int32_t aligned_ctas(int32_t ctas, int32_t places) {
+int32_t scheduled_ctas(int32_t ctas, int32_t places) {
   const int32_t rest = ctas % places;
-  return 8 * rest < ctas ? ctas - rest : ctas;
+  if (8 * rest < ctas) return ctas - rest;
+  while (std::gcd(ctas, places) > 1) --ctas;
+  return ctas;
 }
 
 void order_columns(const ForwardPlan& plan, uint32_t (&column)[kWarpColumns]) {

@@ -93,8 +93,9 @@ struct SmallLayout {
 SmallLayout small_layout(const ForwardPlan& plan);
 
 // CTAs of a kWarps kernel, of so many that the GPU holds, for a number of places (query tiles of all dilation groups): a
-// multiple of it, if that leaves few out, so that a CTA's items all lie at the same place.
-int32_t aligned_ctas(int32_t ctas, int32_t places);
+// multiple of it, if that leaves few out, so that a CTA's items all lie at the same place; else without a common divisor,
+// so that every CTA comes to all places and none to the full tiles alone.
+int32_t scheduled_ctas(int32_t ctas, int32_t places);
 
 // The order of a warp's keys in its columns: eight bits an axis, 1 << 24 behind the last key. Eight keys that are read
 // together lie in eight different groups of banks as far as possible.
