@@ -1,12 +1,15 @@
 // Host checks of the Hopper plan and geometry, called by test_hopper_plan.py. Each returns an error text, empty if all
 // holds.
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <random>
 #include <set>
 #include <string>
 #include <vector>
 
+#include "fused/backward_plan_sm90.h"
 #include "fused/geometry.h"
 #include "fused/mask_codes.h"
 #include "fused/plan_sm90.h"
@@ -237,6 +240,74 @@ extern "C" const char* check_plan(const int32_t* axes, int32_t rank, int32_t dim
   }
   error = check(problem);
   if (!error.empty()) error = describe(plan_forward(problem)) + ": " + error;
+  return error.c_str();
+}
+
+// The backward plan of the same: its boxes have room, and its cost is that of the tiles one by one, each with the shape
+// that the device takes.
+extern "C" const char* check_backward_plan(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads) {
+  static std::string error;
+  Problem problem;
+  problem.rank = rank;
+  problem.dim = problem.dim_v = dim;
+  problem.heads = problem.kv_heads = heads;
+  for (int32_t i = 0; i < rank; ++i) {
+    const int32_t* x = axes + 5 * i;
+    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
+  }
+  const BackwardPlan plan = choose_backward_plan(problem);
+  const BackwardBoxes& boxes = plan.boxes;
+  const BackwardRegime regime = backward_regimes(dim)[plan.regime];
+  error.clear();
+  if (boxes.queries.empty() || boxes.queries.size() > kMostQueryShapes) error = "number of shapes";
+  for (const Box& box : boxes.queries) {
+    if (box[0] * box[1] * box[2] > regime.queries || box[0] + box[1] + box[2] > regime.queries + 2) error = "a query box";
+  }
+  if (boxes.keys[0] * boxes.keys[1] * boxes.keys[2] > regime.keys) error = "the key box";
+  if (!error.empty()) return error.c_str();
+
+  // Queries that a tile of each axis needs: from, to, and from where to where they see every key; counted from the first.
+  std::vector<std::array<int32_t, 3>> tiles[kMaxRank];
+  for (int a = 0; a < kMaxRank; ++a) {
+    const Axis& axis = problem.axis[a];
+    for (int32_t g = 0; g < axis.dilation; ++g) {
+      const int32_t length = group_length(axis.kv_len, axis.dilation, g);
+      for (int32_t first = 0; first < length; first += boxes.keys[a]) {
+        const int32_t last = std::min(first + boxes.keys[a], length) - 1;
+        const Interval low = queries_of_key(axis, length, first), high = queries_of_key(axis, length, last);
+        const bool whole = last - first + 1 == boxes.keys[a];
+        tiles[a].push_back({high.end - low.begin, whole ? high.begin - low.begin : 0, whole ? low.end - low.begin : -1});
+      }
+    }
+  }
+  double cost = 0;
+  for (const auto& x : tiles[0]) {
+    for (const auto& y : tiles[1]) {
+      for (const auto& z : tiles[2]) {
+        const std::array<int32_t, 3>* axis[kMaxRank] = {&x, &y, &z};
+        int64_t least = -1, full_of_least = 0;
+        for (const Box& box : boxes.queries) {
+          int64_t count = 1, full = boxes.keys[0] * boxes.keys[1] * boxes.keys[2] == regime.keys;
+          for (int a = 0; a < kMaxRank; ++a) {
+            const auto& [range, full_begin, full_end] = *axis[a];
+            int64_t full_here = 0, here = 0;
+            for (int32_t at = 0; at < range; at += box[a], ++here) {
+              full_here += at >= full_begin && at + box[a] <= full_end;
+            }
+            count *= here;
+            full *= full_here;
+          }
+          if (least < 0 || count < least) least = count, full_of_least = full;
+        }
+        cost += regime.tile_ns + (boxes.queries.size() > 1 ? regime.choice_ns : 0) + least * regime.box_ns +
+                (least - full_of_least) * regime.masked_box_ns;
+      }
+    }
+  }
+  cost *= heads;
+  if (std::abs(cost - boxes.cost_ns) > 1e-6 * cost) {
+    error = "costs " + std::to_string(cost) + ", planned " + std::to_string(boxes.cost_ns);
+  }
   return error.c_str();
 }
 

@@ -14,14 +14,16 @@ from jax_na._window import window_bounds
 def library(compile_library):
     loaded = compile_library("tests/hopper_plan.cpp", "cuda/fused/plan_sm90.cc")
     loaded.plan_shard.restype = ctypes.c_double
-    for name in ("check_plan", "check_group_axis", "check_fast_divisor", "check_mask_codes"):
+    for name in ("check_plan", "check_backward_plan", "check_group_axis", "check_fast_divisor", "check_mask_codes"):
         getattr(loaded, name).restype = ctypes.c_char_p
     return loaded
 
 
 def plan_error(library, axes, dim, heads=2):
     flat = [value for axis in axes for value in axis]
-    return library.check_plan((ctypes.c_int32 * len(flat))(*flat), len(axes), dim, heads).decode()
+    arguments = (ctypes.c_int32 * len(flat))(*flat), len(axes), dim, heads
+    backward = library.check_backward_plan(*arguments).decode() if dim <= 128 else ""
+    return library.check_plan(*arguments).decode() + backward
 
 
 def test_group_axis(library):

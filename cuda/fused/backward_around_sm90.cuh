@@ -56,6 +56,7 @@ struct PrepareParams {
   // The window tables: blocks from table_block on, those of extrema behind them.
   uint32_t table_block, extrema_block;
   uint32_t* counters;  // to zero: kNumCounters
+  float2* no_stats;    // BackwardParams::no_stats
   int32_t rank, sharded;
   Axis axis[kMaxRank];
   const Shard* halo;
@@ -64,6 +65,7 @@ struct PrepareParams {
 
 __device__ __forceinline__ void write_interval(const PrepareParams& params, uint32_t row) {
   if (row < kNumCounters) params.counters[row] = 0;
+  if (row == 0) *params.no_stats = make_float2(kNoLse, 0.0f);
   uint32_t before = 0;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {

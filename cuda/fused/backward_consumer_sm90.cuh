@@ -9,42 +9,9 @@
 #include "../arch/sm90/wgmma.h"
 #include "../arch/sm90/wgmma_first.h"
 #include "backward_epilogue_sm90.cuh"
-#include "backward_shared_sm90.h"
+#include "backward_mask_sm90.cuh"
 
 namespace jax_na::hopper {
-
-// ---- the mask: which columns of a box see a row of the tile ----
-// Bit 2 j + e of word[h]: row h (of the thread's two) is seen by column 8 j + 2 (lane % 4) + e.
-template <class C>
-struct RowMask {
-  uint32_t word[2];
-
-  __device__ __forceinline__ RowMask() : word{~0u, ~0u} {}
-
-  // row: the first of the thread's two rows, eight apart.
-  __device__ __forceinline__ RowMask(const BackwardParams& params, const BackwardShared<C>& shared,
-                                     const TileRecord<C>& tile, const BoxRecord& record, int row) {
-    const uint32_t* prefix = reinterpret_cast<const uint32_t*>(shared.prefix) + threadIdx.x % 4;
-    word[0] = word[1] = ~0u;
-#pragma unroll
-    for (int a = 0; a < kMaxRank; ++a) {
-      if (a < kMaxRank - params.rank) continue;
-      const int32_t size = params.axis[a].query_box;
-      const int32_t origin = record.origin[a];
-      const uint32_t* table = prefix + 4 * params.axis[a].prefix_row;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int2 interval = tile.interval[a][row + 8 * h];
-        const int32_t low = min(max(interval.x - origin, 0), size);
-        const int32_t high = min(max(interval.y - origin, 0), size);
-        word[h] &= table[4 * high] & ~table[4 * low];
-      }
-    }
-  }
-};
-
-constexpr int kDsBarrier = 1;  // named barriers
-constexpr int kStartBarrier = 2;
 
 template <class C>
 struct Consumer {
@@ -107,8 +74,20 @@ struct Consumer {
     sm90::wgmma_commit();
   }
 
+  // Of the thread's two rows.
+  __device__ __forceinline__ RowMask rows_mask(const BoxRecord& record, uint32_t slot, uint32_t tile_slot) const {
+    RowMask mask;
+    if constexpr (C::kHelperThreads > 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) mask.word[h] = shared.mask[slot][row + 8 * h][threadIdx.x % 4];
+    } else {
+      mask_rows(mask.word, params, shared, shared.tile[tile_slot], record, row, threadIdx.x % 4);
+    }
+    return mask;
+  }
+
   template <bool kMasked>
-  __device__ __forceinline__ void probabilities(float (&s)[kScores], const float2* stats, const RowMask<C>& mask) const {
+  __device__ __forceinline__ void probabilities(float (&s)[kScores], const float2* stats, const RowMask& mask) const {
     const float scale_log2 = params.scale_log2;
 #pragma unroll
     for (int j = 0; j < C::kQueries / 8; ++j) {
@@ -170,11 +149,13 @@ struct Consumer {
     return (C::kSplitChannels ? 0 : 64 * warpgroup) + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
   }
 
-  __device__ __forceinline__ void dq_targets(DqTarget (&target)[2], const BoxRecord& record) const {
+  // columns: of the shape of the tile's boxes.
+  __device__ __forceinline__ void dq_targets(DqTarget (&target)[2], const BoxRecord& record,
+                                             const int2 (&columns)[C::kQueries]) const {
     const int channel = C::kSplitChannels ? warpgroup * C::kDqChannels : 0;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int2 at = shared.query_row[dq_row() + 8 * h];
+      const int2 at = columns[dq_row() + 8 * h];
       target[h].offset = record.dq_offset + channel + int64_t(at.y) * (params.heads * C::kDim);
       target[h].valid = not_beyond(at.x, record.last);
     }
@@ -231,7 +212,7 @@ struct Consumer {
         sm90::reduce_add(out + 4 * j, pack_fixed(even * unit, odd * unit), target[h].valid);
       }
       if (target[h].valid && isnan(not_finite)) {
-        params.grad_norms[shared.box[slot].stats_row + shared.query_row[query].y] = not_finite;
+        params.grad_norms[shared.box[slot].stats_row + shared.query_row[tile.shape][query].y] = not_finite;
       }
     }
   }
@@ -295,9 +276,9 @@ struct Consumer {
       if (record.full) {
         sm90::wgmma_wait<1>();
         sm90::pin_registers(s);
-        probabilities<false>(s, stats, RowMask<C>());
+        probabilities<false>(s, stats, RowMask());
       } else {
-        const RowMask<C> mask(params, shared, shared.tile[tile_ring.slot], record, row);
+        const RowMask mask = rows_mask(record, ring.slot, tile_ring.slot);
         sm90::wgmma_wait<1>();
         sm90::pin_registers(s);
         probabilities<true>(s, stats, mask);
@@ -322,7 +303,7 @@ struct Consumer {
       issue_dq(dq, ds, shared.key[key_ring.slot]);
       issue_grads(dk, ds_fragments, shared.query[ring.slot]);
       DqTarget target[2];
-      dq_targets(target, record);
+      dq_targets(target, record, shared.query_row[shared.tile[tile_ring.slot].shape]);
       sm90::wgmma_wait<1>();
       sm90::pin_registers(dq);
       write_dq(dq, target, ring.slot, tile_ring.slot);

@@ -1,25 +1,56 @@
 // The Hopper backward mainloop: gradients of tiles of keys over the boxes of queries that see them, and its launch.
 //
-// One producer warp (backward_producer_sm90.cuh) and one or two consumer warpgroups (backward_consumer_sm90.cuh) in CTAs
-// that stay and claim tile after tile.
+// One producer warp (backward_producer_sm90.cuh), one or two consumer warpgroups (backward_consumer_sm90.cuh), and with two
+// of them the rest of the producer's warpgroup (backward_helper_sm90.cuh), in CTAs that stay and claim tile after tile.
 #pragma once
 
 #include <string>
 
 #include "backward_consumer_sm90.cuh"
+#include "backward_helper_sm90.cuh"
 #include "backward_producer_sm90.cuh"
 #include "backward_sm90.h"
 
 namespace jax_na::hopper {
 
-// The tables that are the same for every tile, by the consumer threads.
+// Word q of a row of BackwardShared::prefix.
 template <class C>
-__device__ __forceinline__ void fill_tables(const BackwardParams& params, BackwardShared<C>& shared) {
-  for (int i = threadIdx.x; i < kMaxPrefixRows; i += C::kConsumerThreads) shared.prefix[i] = params.prefix[i];
-  if (threadIdx.x < C::kQueries) shared.query_row[threadIdx.x] = query_row(params, threadIdx.x);
+__device__ __forceinline__ uint32_t prefix_word(const BackwardParams& params, const BackwardShared<C>& shared, int row,
+                                                int q) {
+  int shape = 0, axis = 0, first = 0;
+  for (int s = 0; s < params.num_shapes; ++s) {
+#pragma unroll
+    for (int a = 0; a < kMaxRank; ++a) {
+      if (row >= params.shape[s].prefix_row[a]) shape = s, axis = a, first = params.shape[s].prefix_row[a];
+    }
+  }
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < C::kQueries / 4; ++i) {
+    const uint32_t packed = shared.query_row[shape][i / 2 * 8 + 2 * q + i % 2].x;
+    bits |= uint32_t(coordinate(packed, axis) < row - first) << i;
+  }
+  return bits;
 }
 
-// Rows of a tile that no TMA box covers are zero for good: products with them must stay finite.
+// The tables that are the same for every tile, by the consumer threads.
+template <class C>
+__device__ __forceinline__ void fill_query_rows(const BackwardParams& params, BackwardShared<C>& shared) {
+  for (int s = 0; s < params.num_shapes; ++s) {
+    if (threadIdx.x < C::kQueries) shared.query_row[s][threadIdx.x] = query_row(params, params.shape[s], threadIdx.x);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void fill_prefix(const BackwardParams& params, BackwardShared<C>& shared) {
+  const int words = 4 * params.shape[params.num_shapes - 1].prefix_row[kMaxRank];
+  for (int i = threadIdx.x; i < words; i += C::kConsumerThreads) {
+    shared.prefix[i / 4][i % 4] = prefix_word(params, shared, i / 4, i % 4);
+  }
+}
+
+// Rows that no TMA box ever covers are zero for good: products with them must stay finite. (Of those that only some boxes
+// cover, what an earlier box left there is as good.)
 template <class C, int kTiles, int kBytes>
 __device__ __forceinline__ void zero_uncovered_rows(uint8_t (&tiles)[kTiles][kBytes], int32_t volume, int32_t rows) {
   const int32_t chunks = (rows - volume) * (C::kRowBytes / 16);
@@ -35,7 +66,9 @@ template <class C>
 __device__ __forceinline__ void init_barriers(BackwardShared<C>& shared) {
   constexpr int kConsumerWarps = C::kConsumerThreads / 32;
   for (int i = 0; i < C::kStages; ++i) {
-    sm90::mbarrier_init(&shared.full[i], 33);  // TMA, and the cp.async of 32 lanes
+    // TMA, and the cp.async of the producer's lanes or the helpers, and these' masks.
+    sm90::mbarrier_init(&shared.full[i], 1 + (C::kHelperThreads > 0 ? C::kHelperThreads + C::kHelperWarps : 32));
+    sm90::mbarrier_init(&shared.described[i], 1);
     sm90::mbarrier_init(&shared.empty[i], kConsumerWarps);
   }
   for (int i = 0; i < C::kKeyStages; ++i) {
@@ -44,7 +77,7 @@ __device__ __forceinline__ void init_barriers(BackwardShared<C>& shared) {
   }
   for (int i = 0; i < C::kTileStages; ++i) {
     sm90::mbarrier_init(&shared.tile_full[i], 32);
-    sm90::mbarrier_init(&shared.tile_empty[i], kConsumerWarps);
+    sm90::mbarrier_init(&shared.tile_empty[i], kConsumerWarps + C::kHelperWarps);
   }
   sm90::fence_barrier_init();
 }
@@ -54,24 +87,27 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas) backward_kernel(cons
   extern __shared__ uint8_t shared_memory[];
   BackwardShared<C>& shared =
       *reinterpret_cast<BackwardShared<C>*>(shared_memory + ((1024 - (sm90::smem_address(shared_memory) & 1023)) & 1023));
-  constexpr int kStartThreads = C::kConsumerThreads + 32;  // the consumers and the producer warp
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == C::kConsumers) {
     if constexpr (C::kReallocateRegisters) sm90::decrease_registers<C::kProducerRegisters>();
-    if (threadIdx.x / 32 != C::kConsumerThreads / 32) return;
+    if (C::kHelperThreads > 0 && threadIdx.x / 32 != C::kConsumerThreads / 32) {
+      Helper<C>{params, shared, int(threadIdx.x) - (C::kConsumerThreads + 32)}.run();
+      return;
+    }
     if (threadIdx.x % 32 == 0) init_barriers(shared);
     __syncwarp();
-    sm90::named_barrier_arrive(kStartBarrier, kStartThreads);
     Producer<C>(params, shared).run();
   } else {
     if constexpr (C::kReallocateRegisters) sm90::increase_registers<C::kConsumerRegisters>();
-    fill_tables(params, shared);
+    fill_query_rows(params, shared);
     zero_uncovered_rows<C>(shared.key, params.key_volume, C::kKeys);
     zero_uncovered_rows<C>(shared.value, params.key_volume, C::kKeys);
-    zero_uncovered_rows<C>(shared.query, params.query_volume, C::kQueries);
-    zero_uncovered_rows<C>(shared.grad_out, params.query_volume, C::kQueries);
+    zero_uncovered_rows<C>(shared.query, params.least_query_volume, C::kQueries);
+    zero_uncovered_rows<C>(shared.grad_out, params.least_query_volume, C::kQueries);
     sm90::fence_proxy_async();
-    sm90::named_barrier_sync(kStartBarrier, kStartThreads);
+    sm90::named_barrier_sync(kStartBarrier, C::kStartThreads);
+    fill_prefix(params, shared);  // while the first box is loaded
+    sm90::named_barrier_sync(kTableBarrier, C::kTableThreads);
     const int row = warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16 + int(threadIdx.x) % 32 / 4;
     Consumer<C>{params, shared, warpgroup, row}.run();
   }

@@ -27,7 +27,11 @@ struct BackwardConfig {
   static constexpr bool kOverlapTiles = kConsumers == 1;
   static constexpr int kConsumerThreads = 128 * kConsumers;
   static constexpr int kThreads = kConsumerThreads + (kReallocateRegisters ? 128 : 32);
-  static constexpr int kRowBytes = D >= 64 ? 128 : 64;  // the swizzle span
+  static constexpr int kHelperThreads = kReallocateRegisters ? 96 : 0;  // the rest of the producer's warpgroup
+  static constexpr int kHelperWarps = kHelperThreads / 32;
+  static constexpr int kTableThreads = kConsumerThreads + kHelperThreads;  // who reads BackwardShared::prefix
+  static constexpr int kStartThreads = kTableThreads + 32;                 // and the producer
+  static constexpr int kRowBytes = D >= 64 ? 128 : 64;                     // the swizzle span
   static constexpr int kBlockChannels = kRowBytes / 2;
   static constexpr int kChannelBlocks = D / kBlockChannels;
   static constexpr int kKeyBlockBytes = kKeys * kRowBytes;
@@ -36,6 +40,7 @@ struct BackwardConfig {
   static constexpr bool kSplitChannels = kQueries / 64 < kConsumers;
   static constexpr int kDqChannels = kSplitChannels ? D / kConsumers : D;
   static constexpr int kDsBuffers = kConsumers > 1 ? 2 : 1;
+  static constexpr int kPrefixRows = kMostQueryShapes * (kQueries + 5);  // sums over the axes of box + 1
   static_assert(kSplitChannels ? kQueries == 64 : kQueries == 64 * kConsumers, "dq split");
 };
 
@@ -43,19 +48,27 @@ struct BackwardConfig {
 struct TileAxis {
   int32_t query_first, query_begin;  // first query token of the group; ordinal of the first query any key needs
   int32_t range;                     // queries from there on
-  int32_t boxes;                     // ceil(range / query_box)
+  int32_t boxes;                     // ceil(range / box of the tile's shape)
   int32_t full_begin, full_end;      // the ordinals that see every key of the tile
 };
 
 // What the producer says about a key tile.
 template <class C>
 struct TileRecord {
-  int2 interval[kMaxRank][C::kKeys];  // the query ordinals that see each key
-  int32_t token[C::kKeys];            // of each key, within the batch entry, or -1
-  int32_t boxes;                      // to visit, at least one; kNoTile: the work is done
-  int32_t head, batch;                // of the keys
+  int2 interval[kMaxRank][C::kKeys];            // the query ordinals that see each key
+  int32_t token[C::kKeys];                      // of each key, within the batch entry, or -1
+  int32_t boxes;                                // to visit, at least one; kNoTile: the work is done
+  int32_t shape;                                // of the boxes
+  int32_t box[kMaxRank], prefix_row[kMaxRank];  // of the shape
+  uint32_t number;                              // of the tile
+  int32_t head, batch;                          // of the keys
 };
 constexpr int32_t kNoTile = -1;
+
+constexpr int kDsBarrier = 1;  // named barriers
+constexpr int kStartBarrier = 2;
+constexpr int kTableBarrier = 3;
+constexpr int kHelperBarrier = 4;
 
 // What the producer says about a query box.
 struct alignas(16) BoxRecord {
@@ -76,11 +89,15 @@ struct BackwardShared {
   alignas(16) float2 stats[C::kStages][C::kQueries];
   float grad_norm[C::kStages][C::kQueries];
   BoxRecord box[C::kStages];
-  alignas(16) uint4 prefix[kMaxPrefixRows];
-  int2 query_row[C::kQueries];  // of each column: packed coordinates, token relative to the first of its box
+  alignas(16) uint32_t mask[C::kHelperThreads > 0 ? C::kStages : 1][C::kHelperThreads > 0 ? C::kKeys : 1][4];  // by helpers
+  // prefix[prefix_row + t][q], bit 2 j + e: column 8 j + 2 q + e of a query box has a coordinate below t on that axis. The
+  // columns of lanes with lane % 4 == q that lie in the interval [lo, hi) are therefore prefix[hi] & ~prefix[lo].
+  alignas(16) uint32_t prefix[C::kPrefixRows][4];
+  int2 query_row[kMostQueryShapes][C::kQueries];  // of each column: packed coordinates, token relative to its box's first
   TileRecord<C> tile[C::kTileStages];
   TileAxis axis[kMaxRank];  // of the producer's tile, its own
   alignas(8) uint64_t full[C::kStages];
+  uint64_t described[C::kStages];  // the record of the box is there, for the helpers
   uint64_t empty[C::kStages];
   uint64_t key_full[C::kKeyStages];
   uint64_t key_empty[C::kKeyStages];
@@ -103,8 +120,8 @@ __device__ __forceinline__ bool not_beyond(uint32_t packed, uint32_t last) {
 }
 
 // Packed coordinates of column `row` of a query box, and its token relative to the box's first.
-__device__ __forceinline__ int2 query_row(const BackwardParams& params, uint32_t row) {
-  const uint32_t packed = packed_coordinates(row, params.query_box1, params.query_box2);
+__device__ __forceinline__ int2 query_row(const BackwardParams& params, const QueryShape& shape, uint32_t row) {
+  const uint32_t packed = packed_coordinates(row, shape.box[1], shape.box[2]);
   int32_t token = 0;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {

@@ -13,18 +13,6 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// Regimes by head dimension; times measured on an H200 (see DESIGN.md, "Hopper, backward").
-std::vector<BackwardRegime> backward_regimes(int32_t dim) {
-  if (dim == 128) return {{128, 64, 3000, 60, 800}};
-  if (dim == 64) return {{128, 128, 3200, 90, 1500}, {64, 64, 1100, 30, 500}};
-  return {{64, 64, 560, 0, 500}};
-}
-
-struct BackwardPlan {
-  int32_t regime = 0;
-  BackwardBoxes boxes;
-};
-
 using PlanKey = std::array<int64_t, 6 * kMaxRank + 4>;
 
 PlanKey plan_key(const Problem& problem) {
@@ -47,38 +35,16 @@ BackwardPlan backward_plan(const Problem& problem) {
   const PlanKey key = plan_key(problem);
   const std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = cache->find(key); found != cache->end()) return found->second;
-  BackwardPlan plan;
-  const auto regimes = backward_regimes(problem.dim);
-  for (size_t i = 0; i < regimes.size(); ++i) {
-    const BackwardBoxes boxes = choose_backward_boxes(problem, regimes[i]);
-    if (boxes.found && (!plan.boxes.found || boxes.cost_ns < plan.boxes.cost_ns)) plan = {int32_t(i), boxes};
-  }
-  return cache->emplace(key, plan).first->second;
+  return cache->emplace(key, choose_backward_plan(problem)).first->second;
 }
 
 RowShape row_shape(const Problem& problem, DType dtype) {
   return {dtype, problem.dim == 128 ? 4 : problem.dim == 64 ? 3 : 2};
 }
 
-// Column bits of the query box: see BackwardParams::prefix.
-void fill_prefix(BackwardParams* params, const std::array<int32_t, kMaxRank>& box) {
-  int32_t row = 0;
-  for (int a = 0; a < kMaxRank; ++a) {
-    params->axis[a].prefix_row = row;
-    for (int32_t t = 0; t <= box[a]; ++t, ++row) {
-      uint32_t bits[4] = {0, 0, 0, 0};
-      for (int32_t column = 0; column < params->query_volume; ++column) {
-        const int32_t coordinates[kMaxRank] = {column / (box[1] * box[2]), column / box[2] % box[1], column % box[2]};
-        if (coordinates[a] < t) bits[column % 8 / 2] |= 1u << (column / 8 * 2 + column % 2);
-      }
-      params->prefix[row] = make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    }
-  }
-}
-
 // One side's tensors, keys and values or queries and dO.
 Status encode_side(const Problem& problem, DType dtype, const void* tensor0, const void* tensor1, int32_t heads, bool keys,
-                   const std::array<int32_t, kMaxRank>& shape, TokenLayout* layout, CUtensorMap* map0, CUtensorMap* map1) {
+                   const Box& shape, TokenLayout* layout, CUtensorMap* map0, CUtensorMap* map1) {
   const int32_t box[kMaxRank] = {shape[0], shape[1], shape[2]};
   int32_t lengths[kMaxRank];
   for (int a = 0; a < kMaxRank; ++a) lengths[a] = keys ? problem.axis[a].kv_len : problem.axis[a].q_len;
@@ -114,6 +80,8 @@ struct BackwardMemory {
     extrema = reinterpret_cast<Extrema*>(at += bytes.norm_bytes);
     grad_query_sums = at += bytes.extrema_bytes;
   }
+
+  float2* no_stats() const { return reinterpret_cast<float2*>(counters + kNumCounters); }
 };
 
 int32_t num_key_tiles(const Problem& problem, const BackwardBoxes& boxes, int a) {
@@ -142,6 +110,7 @@ Status launch_prepare(const Problem& problem, const BackwardBuffers& buffers, co
   params.heads = FastDivisor(problem.heads);
   params.q_tokens = FastDivisor(uint32_t(problem.q_tokens()));
   params.counters = memory.counters;
+  params.no_stats = memory.no_stats();
   params.rank = problem.rank;
   params.sharded = problem.sharded;
   int64_t axis_tokens = 0;
@@ -177,16 +146,30 @@ Status launch_prepare(const Problem& problem, const BackwardBuffers& buffers, co
 
 Status launch_mainloop(const Problem& problem, const BackwardBuffers& buffers, const CallOptions& options,
                        const BackwardPlan& plan, const BackwardMemory& memory, DqOutput dq, cudaStream_t stream) {
-  const auto &keys = plan.boxes.keys, &queries = plan.boxes.queries;
+  const Box& keys = plan.boxes.keys;
   BackwardParams params;
   if (Status s = encode_side(problem, options.dtype, buffers.forward.key, buffers.forward.value, problem.kv_heads, true,
                              keys, &params.key_layout, &params.key, &params.value);
       !s.ok())
     return s;
-  if (Status s = encode_side(problem, options.dtype, buffers.forward.query, buffers.grad_out, problem.heads, false, queries,
-                             &params.query_layout, &params.query, &params.grad_out);
-      !s.ok())
-    return s;
+  params.num_shapes = int32_t(plan.boxes.queries.size());
+  int32_t prefix_row = 0;
+  for (int32_t i = 0; i < params.num_shapes; ++i) {
+    QueryShape& shape = params.shape[i];
+    const Box& box = plan.boxes.queries[i];
+    if (Status s = encode_side(problem, options.dtype, buffers.forward.query, buffers.grad_out, problem.heads, false, box,
+                               &shape.layout, &shape.query, &shape.grad_out);
+        !s.ok())
+      return s;
+    for (int a = 0; a < kMaxRank; ++a) {
+      shape.box[a] = FastDivisor(box[a]);
+      shape.prefix_row[a] = prefix_row;
+      prefix_row += box[a] + 1;
+    }
+    shape.prefix_row[kMaxRank] = prefix_row;
+    shape.volume = box[0] * box[1] * box[2];
+    params.least_query_volume = i == 0 ? shape.volume : std::min(params.least_query_volume, shape.volume);
+  }
 
   int64_t num_tiles = problem.batch * problem.kv_heads;
   int32_t key_stride = 1, query_stride = 1;
@@ -197,14 +180,12 @@ Status launch_mainloop(const Problem& problem, const BackwardBuffers& buffers, c
     axis.key_length = given.kv_len;
     axis.query_length = given.q_len;
     axis.key_box = keys[a];
-    axis.query_box = queries[a];
     axis.table_row = 0;
     for (int before = 0; before < a; ++before) axis.table_row += problem.axis[before].kv_len;
     axis.key_token_stride = key_stride;
     axis.query_token_stride = query_stride;
     key_stride *= given.kv_len;
     query_stride *= given.q_len;
-    axis.query_box_divisor = FastDivisor(queries[a]);
     axis.tiles = FastDivisor(num_key_tiles(problem, plan.boxes, a));
     axis.groups = FastDivisor(given.dilation);
     num_tiles *= int64_t(axis.tiles.divisor) * given.dilation;
@@ -213,10 +194,7 @@ Status launch_mainloop(const Problem& problem, const BackwardBuffers& buffers, c
   params.kv_heads = FastDivisor(problem.kv_heads);
   params.key_box1 = FastDivisor(keys[1]);
   params.key_box2 = FastDivisor(keys[2]);
-  params.query_box1 = FastDivisor(queries[1]);
-  params.query_box2 = FastDivisor(queries[2]);
   params.key_volume = keys[0] * keys[1] * keys[2];
-  params.query_volume = queries[0] * queries[1] * queries[2];
   params.rank = problem.rank;
   params.sharded = problem.sharded;
   params.heads = problem.heads;
@@ -232,13 +210,13 @@ Status launch_mainloop(const Problem& problem, const BackwardBuffers& buffers, c
   params.nan_found = memory.counters + kNanFound;
   params.intervals = memory.intervals;
   params.stats = memory.stats;
+  params.no_stats = memory.no_stats();
   params.grad_norms = memory.grad_norms;
   params.extrema = memory.extrema;
   params.grad_query = buffers.grad_query;
   params.grad_query_sums = memory.grad_query_sums;
   params.grad_key = buffers.grad_key;
   params.grad_value = buffers.grad_value;
-  fill_prefix(&params, queries);
 
   const BackwardLaunch launch{options.dtype, plan.regime, options.num_sms, &params};
   if (problem.dim == 128) return launch_backward<128>(launch, stream);
@@ -297,7 +275,7 @@ Status backward(const Problem& problem, const BackwardBuffers& buffers, const Ca
     return Status::error("Hopper backward: more than 2^31 queries and heads in one call");
   }
   const BackwardPlan plan = backward_plan(problem);
-  if (!plan.boxes.found) return Status::error("Hopper backward: no tile shape fits this dilation");
+  if (plan.boxes.queries.empty()) return Status::error("Hopper backward: no tile shape fits this dilation");
   // One key tile per dilation group: dq is complete in it. Then nothing is summed in memory, and the result is
   // deterministic anyway.
   bool one_tile = !problem.sharded;

@@ -14,7 +14,7 @@ namespace jax_na::hopper {
 // ForwardBuffers::workspace in a backward call, in this order, each part rounded up to 256 bytes. jax_na/_cuda.py declares
 // the extra output with the same formula.
 struct BackwardWorkspace {
-  int64_t counter_bytes;    // uint32 each, see Counter
+  int64_t counter_bytes;    // uint32 each, see Counter, and no_stats
   int64_t stats_bytes;      // float2 per query and head
   int64_t intervals_bytes;  // int2 per key token of each axis
   int64_t norm_bytes;       // float per query and head, if deterministic
@@ -35,16 +35,6 @@ inline BackwardWorkspace backward_workspace(const Problem& problem, bool determi
           deterministic ? round_up(problem.batch * problem.kv_heads * int64_t(sizeof(Extrema))) : 0,
           round_up(rows * problem.dim * 4)};
 }
-
-// Keys of a tile and queries of a box, and what one box and one tile cost (nanoseconds on one SM of an H200, all CTAs of
-// the SM together): the tile choice and the choice between two regimes of one head dimension go by these.
-struct BackwardRegime {
-  int32_t keys;
-  int32_t queries;
-  double box_ns;
-  double masked_box_ns;  // further, if the box needs a mask
-  double tile_ns;
-};
 
 // Launchers, one source per head dimension. `regime` counts the entries of backward_regimes.
 struct BackwardLaunch {
