@@ -108,8 +108,11 @@ class Plan:
 _STEP_NS = 10_000.0  # starting the two dozen operations of a step
 _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
+_LOST_ROWS = 12  # a product of so many more rows would take that time at full speed
 _COPY_NS = 0.25  # moving one element of a key or value box
-_CHUNK_SCORES = 1 << 18  # scores of one step: 1 MiB of float32 stays in the second-level cache
+_CHUNK_SCORES = (
+    1 << 17
+)  # scores of one step: half a MiB of float32; four steps stay in the second-level caches of two cores
 
 
 def box_length(tile: int, window: int, stride: int, is_causal: bool) -> int:
@@ -171,7 +174,7 @@ def choose_tile(
         chunk = _chunk(spec.dilation, batch, kv_heads, scores)
         units = groups * batch * kv_heads * tiles
         # Matrix products on few rows run at a fraction of their speed.
-        macs = max(rows, 32) * box * (dim + dim_v)
+        macs = (rows + _LOST_ROWS) * box * (dim + dim_v)
         cost = units / math.prod(chunk) * _STEP_NS + units * (
             scores * _SCORE_NS + macs * _MAC_NS + box * (dim + dim_v) * _COPY_NS
         )
@@ -278,7 +281,7 @@ class Tiles:
     plan: Plan
     axes: tuple[AxisGeometry, ...]
 
-    # --- query arrays: [*B, *Sq, H, C] as [batch, (row, group) per axis, kv_heads, members, C], and gradients of keys
+    # --- arrays [*B, *S, heads, C] as [batch, (row, group) per axis, kv_heads, members, C]; those of keys have one member
     # PERF: dimensions of length 1 are left out, otherwise XLA copies every such array before the loop.
 
     def queries(self, x: Array, fill: float = 0.0) -> Array:
@@ -293,8 +296,15 @@ class Tiles:
         """Shape of a split array of queries."""
         return self._shape([a.num_tiles * a.tile for a in self.plan.axes], self.plan.members, channels)
 
+    def keys(self, x: Array) -> Array:
+        """``[*B, *Sk, Hkv, C]`` with its axes split, padded with zeros."""
+        plan = self.plan
+        x = x.reshape(plan.batch, *(a.key_tokens for a in plan.axes), *x.shape[-2:])
+        x = _embed(x, [a.num_keys * a.dilation for a in plan.axes], [g.key_shift for g in self.axes], 0.0)
+        return x.reshape(self.keys_shape(x.shape[-1]))
+
     def keys_shape(self, channels: int) -> tuple[int, ...]:
-        """Shape of a split array of keys, to accumulate in."""
+        """Shape of a split array of keys."""
         return self._shape([a.num_keys for a in self.plan.axes], 1, channels)
 
     def join_queries(self, x: Array, lead: Sequence[int]) -> Array:
@@ -314,13 +324,20 @@ class Tiles:
 
     def tile(self, x: Array, coords: Array) -> Array:
         """The step's tile of a split array: ``[g, b, h, members, queries, C]``."""
-        plan = self.plan
-        index, sizes, full = self._region(self._tile_rows(coords), plan.tile, plan.members, x.shape[-1], coords)
+        return self._read(x, self._tile_rows(coords), self.plan.tile, self.plan.members, coords)
+
+    def box(self, x: Array, coords: Array) -> Array:
+        """The step's box of a split array: ``[g, b, h, keys, C]``."""
+        return self._read(x, self._box_rows(coords), self.plan.box, 1, coords)[:, :, :, 0]
+
+    def _read(self, x: Array, rows: list[Array], shape: Sequence[int], members: int, coords: Array) -> Array:
+        """A region of a split array: ``[g, b, h, members, positions, C]``."""
+        plan, rank = self.plan, self.plan.rank
+        index, sizes, full = self._region(rows, shape, members, x.shape[-1], coords)
         region = _slice(x, index, sizes).reshape(full)
-        rank = plan.rank
         positions, groups = range(1, 1 + 2 * rank, 2), range(2, 2 + 2 * rank, 2)
         region = region.transpose(*groups, 0, 1 + 2 * rank, 2 + 2 * rank, *positions, 3 + 2 * rank)
-        return region.reshape(*plan.chunk, plan.members, math.prod(plan.tile), x.shape[-1])
+        return region.reshape(*plan.chunk, members, math.prod(shape), x.shape[-1])
 
     def rows(self, x: Array, fill: float = 0.0) -> Array:
         """Tiles of one number per query and head, ``[*B, *Sq, H]``: ``[steps, g, b, h, 1, members, queries]``.
@@ -374,24 +391,6 @@ class Tiles:
         x = x.reshape(*plan.step_groups, plan.chunk[1], plan.chunk[2], -1, *shape, x.shape[-1])
         spatial = (n for i in range(rank) for n in (rank + 3 + i, i))
         return x.transpose(rank, *spatial, rank + 1, rank + 2, x.ndim - 1)
-
-    # --- key arrays: [*B, *Sk, Hkv, C] as [groups, batch, kv_heads, *rows, C]
-
-    def keys(self, x: Array) -> Array:
-        """``[*B, *Sk, Hkv, C]`` with heads and dilation groups in front, padded with zeros."""
-        plan, rank = self.plan, self.plan.rank
-        x = x.reshape(plan.batch, *(a.key_tokens for a in plan.axes), *x.shape[-2:])
-        x = _embed(x, [a.num_keys * a.dilation for a in plan.axes], [g.key_shift for g in self.axes], 0.0)
-        x = x.reshape(plan.batch, *(n for a in plan.axes for n in (a.num_keys, a.dilation)), *x.shape[-2:])
-        rows, groups = range(1, 1 + 2 * rank, 2), range(2, 2 + 2 * rank, 2)
-        x = x.transpose(*groups, 0, 1 + 2 * rank, *rows, 2 + 2 * rank)
-        return x.reshape(plan.groups, *x.shape[rank:])
-
-    def box(self, x: Array, coords: Array) -> Array:
-        """The step's box of an array made by :meth:`keys`: ``[g, b, h, keys, C]``."""
-        plan = self.plan
-        index = (coords[0] * plan.chunk[0], coords[1], coords[2], *self._box_rows(coords), 0)
-        return _slice(x, index, (*plan.chunk, *plan.box, x.shape[-1])).reshape(*plan.chunk, -1, x.shape[-1])
 
     # --- pairs of a query and a key
 
@@ -494,6 +493,7 @@ def make_tiles(spec: Spec, inputs: Inputs, halo: Array) -> Tiles:
 def loop(tiles: Tiles, step: Callable[..., Any], carry: Any, *each: Any) -> Any:
     """``carry = step(carry, coords, *entries)`` over all steps; arrays of ``each`` have an entry for every step."""
     steps = tiles.plan.steps
-    # PERF: XLA's products of this size take one thread of a CPU; two steps in one body run beside each other, a tenth faster.
-    unroll = 2 if len(steps) >= 32 and len(steps) % 2 == 0 else 1
+    # PERF: XLA's products of this size take one thread of a CPU, but independent operations of a loop's body run beside each
+    # other: steps in one body keep the other cores busy.
+    unroll = math.gcd(len(steps), 4) if len(steps) >= 32 else 1
     return lax.scan(lambda carry, xs: (step(carry, *xs), None), carry, (jnp.asarray(steps), *each), unroll=unroll)[0]

@@ -95,6 +95,13 @@ class _Call:
     def box(self, x: Array, coords: Array) -> Array:
         return self.tiles.box(x, coords).astype(self.acc)
 
+    def clean_box(self, x: Array, coords: Array) -> Array:
+        return _clean(self.box(x, coords))
+
+    def key_box(self, x: Array, poison: Array, coords: Array) -> Array:
+        """A box of keys, NaN where ``poison`` has it. PERF: in the step; before the loop it would be a copy of all keys."""
+        return self.box(x, coords) + self.box(poison, coords)
+
     def _extra_region(self, coords: Array) -> list[Array]:
         return int32((coords[1], coords[2], 0, 0))
 
@@ -134,11 +141,11 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype), jnp.zeros(query.shape[:-1], acc)
     call = _Call(spec, inputs, halo)
     tiles = call.tiles
-    queries, keys, values = tiles.queries(query), tiles.keys(key + _poison(value)), tiles.keys(_clean(value))
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
 
     def step(state: State, coords: Array) -> State:
         q = call.tile(queries, coords) * spec.scale
-        scores = call.unfold(call.product(call.fold(q), call.box(keys, coords), (-1, -1)))
+        scores = call.unfold(call.product(call.fold(q), call.key_box(keys, poison, coords), (-1, -1)))
         if call.bias is not None:
             scores = scores + tiles.bias(call.bias, coords)
         scores = jnp.where(tiles.mask(coords), scores, -jnp.inf)
@@ -149,7 +156,7 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
         row_max = lax.stop_gradient(jnp.where(jnp.isfinite(row_max), row_max, 0))
         weights = jnp.exp(scores - row_max)
         row_sum = jnp.sum(weights, -1, keepdims=True)
-        out = call.unfold(call.product(call.fold(weights), call.box(values, coords)))
+        out = call.unfold(call.product(call.fold(weights), call.clean_box(values, coords)))
         if call.has_extra:
             weights = jnp.exp(extra_scores - row_max)
             row_sum = row_sum + jnp.sum(weights, -1, keepdims=True)
@@ -190,7 +197,7 @@ def backward(
     call = _Call(spec, inputs, halo)
     call.operands += [out, lse, grad_out]
     tiles = call.tiles
-    queries, keys, values = tiles.queries(query), tiles.keys(key + _poison(value)), tiles.keys(_clean(value))
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
 
     # ds = p * (dp - delta): the gradient of lse enters as delta does. A query that sees nothing has lse = -inf.
     # PERF: XLA's sum of a product takes forty times as long as this dot on a CPU.
@@ -215,14 +222,14 @@ def backward(
         state, (row_lse, row_delta) = dict(state), rows
         lse, delta = (x[:, :, :, 0, ..., None] for x in rows)  # of additional keys
         q, d_out = call.tile(queries, coords) * spec.scale, _clean(call.tile(grads, coords))
-        k = call.box(keys, coords)
+        k = call.key_box(keys, poison, coords)
         # PERF: of the products only one contracts its first axes if scores are laid out [keys, queries].
         scores = call.unfold_t(call.product(k, call.fold(q), (-1, -1)))
         if call.bias is not None:
             pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), call.bias)
             scores = scores + jnp.moveaxis(pairs, -1, 3)
         weights = jnp.exp(jnp.where(tiles.mask(coords, transposed=True), scores - row_lse, -jnp.inf))
-        d_weights = call.unfold_t(call.product(call.box(values, coords), call.fold(d_out), (-1, -1)))
+        d_weights = call.unfold_t(call.product(call.clean_box(values, coords), call.fold(d_out), (-1, -1)))
         # Outside the mask d_weights is anything: it may overflow.
         d_scores = jnp.where(weights == 0, 0, weights * (d_weights - row_delta))
         d_query = call.unfold(call.product(call.fold_t(d_scores), _clean(k), (-2, -2)))
@@ -272,9 +279,9 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     call = _Call(spec, inputs, halo)
     call.operands += [*(x for x in tangents if x is not None), out, lse]
     tiles = call.tiles
-    queries, keys, values = tiles.queries(query), tiles.keys(key + _poison(value)), tiles.keys(_clean(value))
-    t_queries, t_values = tiles.queries(tangents.query), tiles.keys(_clean(tangents.value))
-    t_keys = tiles.keys(tangents.key + _poison(tangents.value))
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
+    t_queries, t_keys, t_values = tiles.queries(tangents.query), tiles.keys(tangents.key), tiles.keys(tangents.value)
+    t_poison = tiles.keys(_poison(tangents.value))
     outs, lses = tiles.queries(out), tiles.queries(jnp.where(lse == -jnp.inf, 0, lse)[..., None], math.inf)
     t_bias = None if tangents.bias is None else tiles.split_bias(tangents.bias.astype(acc))
     extra = [call.extra_key, call.extra_value, *call.extra(tangents)]
@@ -282,7 +289,7 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     def step(state: State, coords: Array) -> State:
         q, t_q = (call.fold(call.tile(x, coords) * spec.scale) for x in (queries, t_queries))
         lse = call.tile(lses, coords)
-        k, t_k = call.box(keys, coords), call.box(t_keys, coords)
+        k, t_k = call.key_box(keys, poison, coords), call.key_box(t_keys, t_poison, coords)
         scores = call.unfold(call.product(q, k, (-1, -1)))
         t_scores = call.unfold(call.product(t_q, k, (-1, -1)) + call.product(q, t_k, (-1, -1)))
         if call.bias is not None:
@@ -291,7 +298,7 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
         weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores, -jnp.inf) - lse), 0)
         t_weights = jnp.where(mask, weights * t_scores, 0)
         t_lse = jnp.sum(t_weights, -1, keepdims=True)
-        v, t_v = call.box(values, coords), call.box(t_values, coords)
+        v, t_v = call.clean_box(values, coords), call.clean_box(t_values, coords)
         t_out = call.unfold(call.product(call.fold(t_weights), v) + call.product(call.fold(weights), t_v))
         if call.has_extra:
             k, v, t_k, t_v = (call.extra_chunk(x, coords) for x in extra)
