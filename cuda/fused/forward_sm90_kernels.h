@@ -14,7 +14,7 @@ struct ForwardKernel;
 template <typename T>
 struct ForwardKernel<T, 0> : ForwardConfig<T, 32, 112, 3, Sharing::kPrivate, 4, 2> {};
 template <typename T>
-struct ForwardKernel<T, 1> : ForwardConfig<T, 64, 128, 3, Sharing::kShared, 4, 2> {};
+struct ForwardKernel<T, 1> : ForwardConfig<T, 64, 128, 3, Sharing::kShared, 5, 2> {};
 template <typename T>
 struct ForwardKernel<T, 2> : ForwardConfig<T, 64, 160, 2, Sharing::kShared, 3, 2, 4> {};
 template <typename T>
