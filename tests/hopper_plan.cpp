@@ -333,6 +333,27 @@ extern "C" double plan_shard(const int32_t* axes, int32_t rank, int32_t dim, int
          (kernel.rows_per_consumer() * kernel.num_columns);
 }
 
+// axes: [rank, 5] lengths, windows, strides, dilations, causal. plan: units, grids, key boxes, columns of a key tile.
+// Returns the CTAs, on 132 SMs.
+extern "C" int32_t plan_ctas(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads, int32_t* plan) {
+  Problem problem;
+  problem.rank = rank;
+  problem.dim = problem.dim_v = dim;
+  problem.heads = problem.kv_heads = heads;
+  for (int32_t i = 0; i < rank; ++i) {
+    const int32_t* x = axes + 5 * i;
+    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
+  }
+  const ForwardPlan found = plan_forward(problem, 132);
+  for (int a = 0; a < kMaxRank; ++a) {
+    plan[a] = found.unit[a];
+    plan[kMaxRank + a] = found.grid[a];
+    plan[2 * kMaxRank + a] = found.kv_box[a];
+  }
+  plan[9] = kForwardKernels[found.kernel].num_columns;
+  return found.ctas;
+}
+
 extern "C" const char* check_group_axis() {
   static std::string error;
   for (int32_t d = 1; d < 12; ++d) {

@@ -12,7 +12,7 @@ from jax_na._window import window_bounds
 
 @pytest.fixture(scope="module")
 def library(compile_library):
-    loaded = compile_library("tests/hopper_plan.cpp", "cuda/fused/plan_sm90.cc")
+    loaded = compile_library("tests/hopper_plan.cpp", "cuda/fused/plan_sm90.cc", "cuda/fused/balance_sm90.cc")
     loaded.plan_shard.restype = ctypes.c_double
     for name in ("check_plan", "check_backward_plan", "check_group_axis", "check_fast_divisor", "check_mask_codes"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -106,3 +106,43 @@ def test_the_plan_of_a_shard_counts_what_a_middle_shard_visits(library, lengths,
                 on_axis += -(-(end[last] - begin[first]) // kv_box) - (begin[start] - begin[first]) // kv_box
         visits *= on_axis
     assert counted == pytest.approx(visits, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "windows", "heads", "dim", "gain"),
+    [
+        ((12, 30, 45), (8, 16, 16), 48, 64, 0),
+        ((13, 29, 47), (7, 15, 19), 48, 64, 0.1),  # 168 tiles for 132 CTAs: a CTA would come to 14 of them
+        ((27, 45, 77), (15, 21, 27), 24, 128, 0.05),
+        ((128, 128), (32, 32), 64, 64, 0),
+    ],
+)
+def test_ctas_end_together(library, lengths, windows, heads, dim, gain):
+    """The fullest CTA has little more to do than the average, or no few CTAs less would be better."""
+    axes = [value for length, window in zip(lengths, windows, strict=True) for value in (length, window, 1, 1, 0)]
+    plan = np.zeros(10, np.int32)
+    pointer = plan.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    ctas = library.plan_ctas((ctypes.c_int32 * len(axes))(*axes), len(lengths), dim, heads, pointer)
+    visits = np.ones((3, 1))  # of a consumer at a tile
+    for axis, (length, window) in enumerate(zip(lengths, windows, strict=True), 3 - len(lengths)):
+        unit, grid, kv_box = (int(plan[i + axis]) for i in (0, 3, 6))
+        begin, end = window_bounds(np.arange(length), length, window, 1, False, np)
+        first = np.arange(0, length, unit * grid)
+        on_axis = np.zeros((3, len(first)))
+        for w in range(3):
+            start = first + (w * unit if grid > 1 else 0)
+            last = np.minimum(start + unit, length) - 1
+            seen = -(-(end[last] - begin[first]) // kv_box) - (begin[np.minimum(start, last)] - begin[first]) // kv_box
+            on_axis[w] = np.where((start < length) & (w * unit < unit * grid if grid > 1 else True), seen, 0)
+        visits = (visits[:, :, None] * on_axis[:, None, :]).reshape(3, -1)
+    times = np.tile(visits.max(0) * (plan[9] + 16) + 100, heads)
+
+    def fullest(number):
+        return np.bincount(np.arange(times.size) % number, weights=times).max()
+
+    assert 128 <= ctas <= 132
+    if ctas < 132:
+        assert fullest(ctas) < 0.99 * fullest(132)
+    for number in range(128, 132):
+        assert fullest(ctas) <= fullest(number) / 0.99
+    assert fullest(ctas) <= (1 - gain) * fullest(132)

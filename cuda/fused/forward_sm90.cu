@@ -23,17 +23,6 @@ const char* launch(int32_t kernel, DType dtype, const ForwardParams& params, int
   }
 }
 
-// Whether to begin with the last query tiles: under a causal mask the first ones are short, and what is left over when the
-// SMs run out of tiles should be short. Not if the windows of so many instances (heads, groups, batch) would not stay in
-// L2.
-bool longest_first(const Problem& problem, const ForwardPlan& plan, int64_t instances) {
-  constexpr int64_t kBytes = 24 << 20;  // PERF: half of the L2 of an H200
-  int outermost = 0;                    // axis with more than one query tile
-  while (outermost < kMaxRank - 1 && problem.axis[outermost].q_len <= plan.unit[outermost] * plan.grid[outermost])
-    ++outermost;
-  return problem.axis[outermost].causal != 0 && instances * problem.window_volume() * problem.dim * 4 <= kBytes;
-}
-
 SmallForwardParams small_params(const ForwardPlan& plan) {
   const SmallLayout layout = small_layout(plan);
   SmallForwardParams small;
@@ -56,7 +45,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   if (options.capability / 10 != 9) return Status::error("the Hopper kernels need compute capability 9.0");
   if (buffers.bias != nullptr) return Status::error("the Hopper kernels have no bias");
   if (const char* reason = why_not_forward(problem)) return Status::error(reason);
-  const ForwardPlan plan = plan_forward(problem);
+  const ForwardPlan plan = plan_forward(problem, options.num_sms);
   if (plan.kernel < 0) return Status::error("the Hopper kernels have no tile plan for this problem");
   const KernelShape& kernel = kForwardKernels[plan.kernel];
 
@@ -89,7 +78,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   if (num_items >= int64_t(1) << 31) return Status::error("the Hopper kernels count query tiles in 31 bits");
   params.num_items = int32_t(num_items);
   const int64_t instances = num_items / tiles_of_group;
-  params.longest_first = FastDivisor(longest_first(problem, plan, instances) ? instances : 1);
+  params.longest_first = FastDivisor(plan.longest_first ? instances : 1);
   params.halo = problem.sharded ? buffers.halo : nullptr;
   params.rank = problem.rank;
   params.heads = FastDivisor(problem.heads);
@@ -124,7 +113,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     failure = map(&params.k_map, params.kv_layout, buffers.key, kv_len, problem.kv_heads, plan.kv_box);
   if (failure == nullptr)
     failure = map(&params.v_map, params.kv_layout, buffers.value, kv_len, problem.kv_heads, plan.kv_box);
-  if (failure == nullptr) failure = launch(plan.kernel, options.dtype, params, options.num_sms, stream);
+  if (failure == nullptr) failure = launch(plan.kernel, options.dtype, params, plan.ctas, stream);
   return failure == nullptr ? Status() : Status::error(failure);
 }
 

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <vector>
 
+#include "balance_sm90.h"
 #include "geometry.h"
 #include "mask_codes.h"
 #include "planned_queries.h"
@@ -107,13 +108,11 @@ class AxisCosts {
   std::map<int64_t, AxisCost> costs_;
 };
 
-// Weights of the cost model, in key columns of 64 rows.
+// More weights of the cost model, in key columns of 64 rows.
 // PERF: relative times, from the arithmetic of a tile (see DESIGN.md); measured on an H200 only through the plans they
 // choose.
-constexpr double kTileOverhead = 16;    // per key tile: barriers, row maximum, rescaling
 constexpr double kMaskShare = 0.45;     // of a tile's columns, where consumers apply a mask
 constexpr double kProductShare = 0.06;  // of a tile's columns, always, where the tensor cores do
-constexpr double kItemOverhead = 100;   // per query tile: prologue and epilogue
 constexpr double kTurnShare = 0.88;     // of its consumers use a key tile: below, turns cost more than they gain
 constexpr double kLoadShare = 1.33;     // loading a column from L2, against multiplying it with 64 rows
 
@@ -132,7 +131,6 @@ double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const
 }
 
 // Kernels for small windows, in cycles of an SM.
-constexpr int32_t kSms = 132;             // as if it were an H100 or H200
 constexpr double kCyclesPerColumn = 8.5;  // of a `wgmma` kernel, as they count
 constexpr double kCtaCycles = 600;        // of a launch, for every further CTA of an SM
 struct SmallTimes {
@@ -369,8 +367,21 @@ ForwardPlan search(const Problem& problem) {
   return best;
 }
 
-// What follows from the boxes: the keys of a warp, the turns.
-void complete(const Problem& problem, ForwardPlan* plan) {
+// Whether to begin with the last query tiles: under a causal mask the first ones are short, and what is left over when the
+// SMs run out of tiles should be short. Not if the windows of so many instances (heads, groups, batch) would not stay in
+// L2.
+bool longest_first(const Problem& problem, const ForwardPlan& plan) {
+  constexpr int64_t kBytes = 24 << 20;  // PERF: half of the L2 of an H200
+  int outermost = 0;                    // axis with more than one query tile
+  while (outermost < kMaxRank - 1 && problem.axis[outermost].q_len <= plan.unit[outermost] * plan.grid[outermost])
+    ++outermost;
+  int64_t instances = problem.batch * problem.heads / plan.small.item_heads;
+  for (const Axis& axis : problem.axis) instances *= axis.dilation;
+  return problem.axis[outermost].causal != 0 && instances * problem.window_volume() * problem.dim * 4 <= kBytes;
+}
+
+// What follows from the boxes: the keys of a warp, the turns, the schedule.
+void complete(const Problem& problem, int32_t num_sms, ForwardPlan* plan) {
   if (plan->kernel < 0) return;
   double used = 1, consumers = 1;  // consumers that multiply with a key tile, on average; all of them
   for (int a = 0; a < kMaxRank; ++a) {
@@ -381,6 +392,8 @@ void complete(const Problem& problem, ForwardPlan* plan) {
   }
   // PERF: two consumers are better off without (H200: 128-w32 1.10 ms, with turns 1.15; ltx-s5 7.60, with turns 7.79).
   plan->take_turns = consumers > 2 && used >= kTurnShare * consumers;
+  plan->longest_first = longest_first(problem, *plan);
+  plan->ctas = plan->longest_first ? num_sms : balanced_ctas(problem, *plan, num_sms);
 }
 
 // For a plan completed: within the limits of its kernel. What only an override can break.
@@ -464,10 +477,10 @@ std::string describe(const ForwardPlan& plan) {
   char text[320];
   std::snprintf(text, sizeof(text),
                 "hopper forward: kernel %d, D %d, %d %s of %dx%dx%d queries as %dx%dx%d, key tiles of %dx%dx%d (of %d), "
-                "visited %.2f",
+                "%d CTAs, visited %.2f",
                 plan.kernel, kernel.dim, kernel.num_consumers, consumer, plan.unit[0], plan.unit[1], plan.unit[2],
                 plan.grid[0], plan.grid[1], plan.grid[2], plan.kv_box[0], plan.kv_box[1], plan.kv_box[2],
-                kernel.num_columns, plan.visited);
+                kernel.num_columns, plan.ctas, plan.visited);
   return text;
 }
 
@@ -518,17 +531,17 @@ void order_columns(const ForwardPlan& plan, uint32_t (&column)[kWarpColumns]) {
   }
 }
 
-ForwardPlan plan_forward(const Problem& problem) {
+ForwardPlan plan_forward(const Problem& problem, int32_t num_sms) {
   static std::mutex mutex;
   static std::map<std::string, ForwardPlan> plans;
   const char* override_text = std::getenv("JAX_NA_HOPPER_PLAN");
-  const std::string key = key_of(problem) + (override_text != nullptr ? override_text : "");
+  const std::string key = key_of(problem) + std::to_string(num_sms) + "," + (override_text != nullptr ? override_text : "");
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   ForwardPlan plan = search(problem);
   if (override_text != nullptr) apply_override(override_text, &plan);
-  complete(problem, &plan);
+  complete(problem, num_sms, &plan);
   if (!fits(problem, plan)) plan.kernel = -1;
   plans.emplace(key, plan);
   const char* explain = std::getenv("JAX_NA_EXPLAIN");

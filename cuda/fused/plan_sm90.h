@@ -53,6 +53,13 @@ constexpr int kSmallRecordBytes = 7424;    // sizeof(SmallForwardRecords) or mor
 constexpr int kMostSharedBytes = 232448;  // of a CTA
 constexpr int kSharedBytesOfSm = 233472;  // 1 KiB of which every CTA needs for itself
 
+// Of an H100 or H200, for which plans are chosen on any GPU.
+constexpr int32_t kSms = 132;
+
+// Weights of the cost model, in key columns of 64 rows, that a schedule depends on too.
+constexpr double kTileOverhead = 16;   // per key tile: barriers, row maximum, rescaling
+constexpr double kItemOverhead = 100;  // per query tile: prologue and epilogue
+
 // What else the plan of a kWarps kernel holds.
 struct SmallPlan {
   int32_t item_heads = 1;  // heads of a query tile: 2 share rows of 128 bytes at head dimension 32
@@ -73,6 +80,8 @@ struct ForwardPlan {
   bool take_turns = true;                   // at the tensor cores: forward_sm90.h
   int32_t warp_keys[kMaxRank] = {1, 1, 1};  // kWarps: keys of a tile that one consumer multiplies with, at most
   SmallPlan small;                          // kWarps
+  bool longest_first = false;               // the last query tiles come first
+  int32_t ctas = 0;                         // of the GPU; kWarps: its SMs
   // Of one batch entry and head, predicted:
   double cost = 0;     // key columns of 64 rows
   double visited = 0;  // products computed / useful ones
@@ -81,9 +90,10 @@ struct ForwardPlan {
 // Null if the forward kernels serve the problem, else why not. Element types are the caller's to check.
 const char* why_not_forward(const Problem& problem);
 
-// The cheapest plan, remembered per problem. kernel < 0: no plan (see why_not_forward). JAX_NA_EXPLAIN=1 prints it, once
-// per problem; JAX_NA_HOPPER_PLAN=kernel:u0,u1,u2:g0,g1,g2:n0,n1,n2[:heads,warps,stages,CTAs] overrides it in experiments.
-ForwardPlan plan_forward(const Problem& problem);
+// The cheapest plan, remembered per problem and number of SMs. kernel < 0: no plan (see why_not_forward). JAX_NA_EXPLAIN=1
+// prints it, once per problem; JAX_NA_HOPPER_PLAN=kernel:u0,u1,u2:g0,g1,g2:n0,n1,n2[:heads,warps,stages,CTAs] overrides it
+// in experiments.
+ForwardPlan plan_forward(const Problem& problem, int32_t num_sms = kSms);
 
 // Shared memory of a CTA of a kWarps kernel.
 struct SmallLayout {
