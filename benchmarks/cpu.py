@@ -3,9 +3,12 @@
 Prints, per problem and implementation, milliseconds forward and forward + backward (median), and the memory the compiled
 program needs besides its arguments (XLA's memory analysis: temporaries and outputs); ratios are those of the baseline
 over ours, of the same run. Every implementation runs in its own process, and the implementations take turns for
-``--rounds``: the median is over the calls of all rounds, so a slow minute of the machine falls on all of them. Dense masked
-attention is left out where its scores alone exceed ``--limit`` GiB; where a baseline needs more than that, it is timed on
-fewer tokens and both times are those of the smaller problem, while its memory is that of the whole one, from the compiler.
+``--rounds``: the median is over the calls of all rounds, so a slow minute of the machine falls on all of them.
+
+A baseline may need ``--limit`` GiB for forward + backward, by the compiler's figure: three fifths of the machine's memory
+unless given, so that its arguments and the system have room too. Dense masked attention that needs more is left out; the
+gather is then timed on fewer tokens, and both times are those of the smaller problem, while its memory is that of the whole
+one.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -101,13 +105,6 @@ def in_process(implementation: str, name: str, first: int, repeats: int) -> dict
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def dense_bytes(row: Row) -> int:
-    tokens = 1
-    for n in row.shape[1:-2]:
-        tokens *= n
-    return 4 * row.shape[0] * row.shape[-2] * tokens**2
-
-
 def in_turns(implementations: dict[str, int], name: str, first: int, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of each implementation over all rounds; ``implementations`` gives the calls of one round."""
     turns = [{i: in_process(i, name, first, calls) for i, calls in implementations.items()} for _ in range(rounds)]
@@ -120,9 +117,9 @@ def in_turns(implementations: dict[str, int], name: str, first: int, rounds: int
 def report(name: str, limit: float, rounds: int) -> None:
     row = ROWS[name]
     print(f"{name}: {list(row.shape)}, window {'x'.join(map(str, row.window))}, float32", flush=True)
-    gather_bytes = memory(programs("gather", row.shape, row.window)[1])
-    first = row.shape[1] if gather_bytes < limit * GIB else row.smaller
-    implementations = {"ours": 5, "gather": 2} | ({"dense": 2} if 3 * dense_bytes(row) < limit * GIB else {})
+    fits = {i: memory(programs(i, row.shape, row.window)[1]) < limit * GIB for i in ("gather", "dense")}
+    first = row.shape[1] if fits["gather"] else row.smaller
+    implementations = {"ours": 5, "gather": 2} | ({"dense": 2} if fits["dense"] else {})
     results = in_turns(implementations, name, first, rounds)
     base = results["ours"]
     for implementation, result in results.items():
@@ -137,7 +134,8 @@ def report(name: str, limit: float, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated, of {', '.join(ROWS)}")
-    parser.add_argument("--limit", type=float, default=6.0, help="GiB that a baseline may need")
+    limit = 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    parser.add_argument("--limit", type=float, default=limit, help="GiB that a baseline may need (here %(default).1f)")
     parser.add_argument("--rounds", type=int, default=3, help="how often the implementations take turns")
     parser.add_argument("--one", nargs=4, metavar=("IMPLEMENTATION", "ROW", "FIRST", "REPEATS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
