@@ -211,6 +211,28 @@ struct MaskCase {
   }
 };
 
+// axes: [rank, 5] lengths, windows, strides, dilations, causal.
+Problem whole_problem(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads) {
+  Problem problem;
+  problem.rank = rank;
+  problem.dim = problem.dim_v = dim;
+  problem.heads = problem.kv_heads = heads;
+  for (int32_t i = 0; i < rank; ++i) {
+    const int32_t* x = axes + 5 * i;
+    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
+  }
+  return problem;
+}
+
+// plan: units, grids, key boxes.
+void copy_boxes(const ForwardPlan& found, int32_t* plan) {
+  for (int a = 0; a < kMaxRank; ++a) {
+    plan[a] = found.unit[a];
+    plan[kMaxRank + a] = found.grid[a];
+    plan[2 * kMaxRank + a] = found.kv_box[a];
+  }
+}
+
 }  // namespace
 
 // Random problems of every rank.
@@ -227,17 +249,10 @@ extern "C" const char* check_mask_codes(int32_t cases) {
   return error.c_str();
 }
 
-// axes: [rank, 5] lengths, windows, strides, dilations, causal.
+// axes: whole_problem.
 extern "C" const char* check_plan(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads) {
   static std::string error;
-  Problem problem;
-  problem.rank = rank;
-  problem.dim = problem.dim_v = dim;
-  problem.heads = problem.kv_heads = heads;
-  for (int32_t i = 0; i < rank; ++i) {
-    const int32_t* x = axes + 5 * i;
-    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
-  }
+  const Problem problem = whole_problem(axes, rank, dim, heads);
   error = check(problem);
   if (!error.empty()) error = describe(plan_forward(problem)) + ": " + error;
   return error.c_str();
@@ -247,14 +262,7 @@ extern "C" const char* check_plan(const int32_t* axes, int32_t rank, int32_t dim
 // that the device takes.
 extern "C" const char* check_backward_plan(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads) {
   static std::string error;
-  Problem problem;
-  problem.rank = rank;
-  problem.dim = problem.dim_v = dim;
-  problem.heads = problem.kv_heads = heads;
-  for (int32_t i = 0; i < rank; ++i) {
-    const int32_t* x = axes + 5 * i;
-    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
-  }
+  const Problem problem = whole_problem(axes, rank, dim, heads);
   const BackwardPlan plan = choose_backward_plan(problem);
   const BackwardBoxes& boxes = plan.boxes;
   const BackwardRegime regime = backward_regimes(dim)[plan.regime];
@@ -323,33 +331,18 @@ extern "C" double plan_shard(const int32_t* axes, int32_t rank, int32_t dim, int
     problem.axis[kMaxRank - rank + i] = {x[0], x[1], x[2], x[3], x[4], x[5]};
   }
   const ForwardPlan found = plan_forward(problem);
-  for (int a = 0; a < kMaxRank; ++a) {
-    plan[a] = found.unit[a];
-    plan[kMaxRank + a] = found.grid[a];
-    plan[2 * kMaxRank + a] = found.kv_box[a];
-  }
+  copy_boxes(found, plan);
   const KernelShape& kernel = kForwardKernels[found.kernel];
   return found.visited * double(problem.q_tokens()) * problem.window_volume() /
          (kernel.rows_per_consumer() * kernel.num_columns);
 }
 
-// axes: [rank, 5] lengths, windows, strides, dilations, causal. plan: units, grids, key boxes, columns of a key tile.
+// axes: whole_problem. plan: units, grids, key boxes, columns of a key tile.
 // Returns the CTAs, on 132 SMs.
 extern "C" int32_t plan_ctas(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads, int32_t* plan) {
-  Problem problem;
-  problem.rank = rank;
-  problem.dim = problem.dim_v = dim;
-  problem.heads = problem.kv_heads = heads;
-  for (int32_t i = 0; i < rank; ++i) {
-    const int32_t* x = axes + 5 * i;
-    problem.axis[kMaxRank - rank + i] = {x[0], x[0], x[1], x[2], x[3], x[4]};
-  }
+  const Problem problem = whole_problem(axes, rank, dim, heads);
   const ForwardPlan found = plan_forward(problem, 132);
-  for (int a = 0; a < kMaxRank; ++a) {
-    plan[a] = found.unit[a];
-    plan[kMaxRank + a] = found.grid[a];
-    plan[2 * kMaxRank + a] = found.kv_box[a];
-  }
+  copy_boxes(found, plan);
   plan[9] = kForwardKernels[found.kernel].num_columns;
   return found.ctas;
 }
