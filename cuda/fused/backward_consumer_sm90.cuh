@@ -18,6 +18,7 @@ struct Consumer {
   using T = typename C::T;
   static constexpr int kScores = C::kQueries / 2;  // accumulator registers of S and dP
   using Grads = sm90::Wgmma<T, C::kDim>;
+  using Stats = typename BackwardShared<C>::Stats;
 
   const BackwardParams& params;
   BackwardShared<C>& shared;
@@ -87,16 +88,23 @@ struct Consumer {
   }
 
   template <bool kMasked>
-  __device__ __forceinline__ void probabilities(float (&s)[kScores], const float2* stats, const RowMask& mask) const {
+  __device__ __forceinline__ void probabilities(float (&s)[kScores], const Stats& stats, const RowMask& mask) const {
     const float scale_log2 = params.scale_log2;
 #pragma unroll
     for (int j = 0; j < C::kQueries / 8; ++j) {
-      const float4 pair = *reinterpret_cast<const float4*>(stats + 8 * j);
+      const float2 lse = stats.lse_pair(8 * j + 2 * (threadIdx.x % 4));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float p = exp2f_approximate(fmaf(s[4 * j + i], scale_log2, -(i % 2 ? pair.z : pair.x)));
-        if constexpr (kMasked) p = mask.word[i / 2] >> (2 * j + i % 2) & 1 ? p : 0.0f;
-        s[4 * j + i] = p;
+        s[4 * j + i] = exp2f_approximate(fmaf(s[4 * j + i], scale_log2, -(i % 2 ? lse.y : lse.x)));
+      }
+    }
+    if constexpr (kMasked) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // bits in order, so that seven become predicates at once
+#pragma unroll
+        for (int bit = 0; bit < C::kQueries / 4; ++bit) {
+          if ((mask.word[h] >> bit & 1) == 0) s[bit / 2 * 4 + 2 * h + bit % 2] = 0.0f;
+        }
       }
     }
   }
@@ -108,12 +116,12 @@ struct Consumer {
   }
 
   // dp becomes dS.
-  __device__ __forceinline__ void score_grads(float (&dp)[kScores], const float (&p)[kScores], const float2* stats) const {
+  __device__ __forceinline__ void score_grads(float (&dp)[kScores], const float (&p)[kScores], const Stats& stats) const {
 #pragma unroll
     for (int j = 0; j < C::kQueries / 8; ++j) {
-      const float4 pair = *reinterpret_cast<const float4*>(stats + 8 * j);
+      const float2 delta = stats.delta_pair(8 * j + 2 * (threadIdx.x % 4));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (i % 2 ? pair.w : pair.y));
+      for (int i = 0; i < 4; ++i) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] - (i % 2 ? delta.y : delta.x));
     }
   }
 
@@ -201,7 +209,7 @@ struct Consumer {
     for (int h = 0; h < 2; ++h) {
       const int query = dq_row() + 8 * h;
       const float unit =
-          power_of_two(30 - fixed_point_exponent(shared.grad_norm[slot][query], shared.stats[slot][query].y, extrema));
+          power_of_two(30 - fixed_point_exponent(shared.grad_norm[slot][query], shared.stats[slot].delta(query), extrema));
       uint64_t* const out =
           reinterpret_cast<uint64_t*>(static_cast<int32_t*>(params.grad_query_sums) + target[h].offset) + threadIdx.x % 4;
       float not_finite = 0.0f;
@@ -270,7 +278,7 @@ struct Consumer {
     // compiler serialize all of them.
 #pragma unroll 1
     for (;;) {
-      const float2* stats = shared.stats[ring.slot] + 2 * (threadIdx.x % 4);
+      const Stats& stats = shared.stats[ring.slot];
       const BoxRecord& record = shared.box[ring.slot];
       uint32_t p_fragments[C::kQueries / 16][4], ds_fragments[C::kQueries / 16][4];
       if (record.full) {

@@ -109,8 +109,7 @@ __device__ __forceinline__ void load_stats(const BackwardParams& params, Backwar
     const bool valid = not_beyond(column.x, last);
     const int64_t at = stats_row + (valid ? column.y : 0);
     // With one shape, the columns beyond the box are zero in Q and dO for good.
-    sm90::copy_async_or_zero<8>(&shared.stats[slot][i], valid ? params.stats + at : params.no_stats,
-                                valid || params.num_shapes > 1);
+    shared.stats[slot].load(i, valid ? params.stats + at : params.no_stats, valid || params.num_shapes > 1);
     if (params.dq == DqOutput::kFixedSum) {
       sm90::copy_async_or_zero<4>(&shared.grad_norm[slot][i], params.grad_norms + at, valid);
     }

@@ -50,6 +50,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   const KernelShape& kernel = kForwardKernels[plan.kernel];
 
   ForwardParams params{};
+  params.kv_volume = 1;
   int32_t q_len[kMaxRank], kv_len[kMaxRank];
   int32_t q_box[kMaxRank];  // of one load
   int64_t num_items = problem.batch * problem.heads;
@@ -63,6 +64,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     params.warp_keys[a] = plan.warp_keys[a];
     q_box[a] = kernel.sharing == Sharing::kWarps ? plan.unit[a] * plan.grid[a] : plan.unit[a];
     params.kv_box[a] = plan.kv_box[a];
+    params.kv_volume *= plan.kv_box[a];
     q_len[a] = axis.q_len;
     kv_len[a] = axis.kv_len;
     const int32_t extent = plan.unit[a] * plan.grid[a];

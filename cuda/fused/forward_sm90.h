@@ -48,6 +48,7 @@ struct ForwardParams {
   int32_t unit[kMaxRank];  // queries of one consumer
   int32_t grid[kMaxRank];  // consumers of a query tile
   int32_t kv_box[kMaxRank];
+  int32_t kv_volume;              // of the box
   int32_t kv_map_step[kMaxRank];  // map coordinates from one key tile to the next
   int32_t warp_keys[kMaxRank];    // kWarps kernels: keys of a key tile that a warp multiplies with
   FastDivisor tiles[kMaxRank];    // query tiles per dilation group
@@ -84,6 +85,7 @@ struct ForwardConfig {
   // Masks by the tensor cores (mask_product_sm90.h): tiles of a consumer whose masks are kept; 0: masks by selects.
   static constexpr int kMaskSlots = kMaskSlots_;
   static constexpr bool kMaskProduct = kMaskSlots > 0;
+  static constexpr int kShortestFullBox = shortest_full_box(kN, kMaskProduct);
   static constexpr int kM = 64;  // queries of a consumer
   static constexpr int kRings = kShared ? 1 : kConsumers;
   static constexpr int kRingConsumers = kShared ? kConsumers : 1;
@@ -256,9 +258,9 @@ __device__ __forceinline__ void produce(const ForwardParams& params, Storage& sm
   const uint32_t num_queries =
       params.unit[0] * params.unit[1] * params.unit[2] * (params.grid[0] * params.grid[1] * params.grid[2]);
   const uint32_t q_bytes = num_queries * Config::kDim * 2;
-  const uint32_t kv_volume = params.kv_box[0] * params.kv_box[1] * params.kv_box[2];
-  const uint32_t kv_bytes = kv_volume * Config::kDim * 2;
-  const uint32_t possible = kv_volume == Config::kN ? 0xFFFFFFFFu : 0x55555555u;  // columns past the box need a mask
+  const uint32_t kv_bytes = params.kv_volume * Config::kDim * 2;
+  // Columns past the box need a mask, or, of a few, apply_tail.
+  const uint32_t possible = params.kv_volume >= Config::kShortestFullBox ? 0xFFFFFFFFu : 0x55555555u;
 
   // This lane's axis, and its consumer (-1: the whole tile).
   const int axis = lane % 4 < kMaxRank ? lane % 4 : 0;
@@ -528,6 +530,23 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16]
     p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
 }
 
+// What the rows of a warp do not see of a key tile.
+struct Hidden {
+  bool any;
+  bool tail;  // the columns past the box, no other
+};
+
+// Hides the columns past the `volume` keys of a box, at least kShortestFullBox.
+template <int kN>
+__device__ __forceinline__ void apply_tail(float (&s)[kN / 2], int volume) {
+#pragma unroll
+  for (int bit = kN / 4 - 4; bit < kN / 4; ++bit) {
+    if (bit / 2 * 8 + int(threadIdx.x) % 4 * 2 + bit % 2 < volume) continue;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) s[bit / 2 * 4 + 2 * half + bit % 2] = -INFINITY;
+  }
+}
+
 // Beyond this a hidden score may be among what a row has summed up (mask_product_sm90.h).
 constexpr float kLargestScore = 1e25f;
 
@@ -741,16 +760,16 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     }
     __syncwarp();
   };
-  // Masks of the thread's rows for the tile at k_at; false if all rows of the warp see every key. The part of the outer
-  // axes is kept, since tiles vary fastest along the innermost.
+  // What the rows of the warp do not see of the tile at k_at, with masks of the thread's rows where these are needed. The
+  // part of the outer axes is kept, since tiles vary fastest along the innermost.
   uint32_t mask[2][kWords], outer_mask[2][kWords];
   int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
   const auto read_mask = [&]() {
     if constexpr (Config::kMaskProduct) {
-      return false;
+      return Hidden{false, false};
     } else {
       const TileInfo tile = record.tile[ring][k_at.slot];
-      if ((tile.classes >> (2 * member)) & kFull) return false;
+      if ((tile.classes >> (2 * member)) & kFull) return Hidden{params.kv_volume < kN, true};
       const int quad = lane % 4;
       const RowInfo* const rows = warp_rows + lane / 4;
       if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
@@ -773,7 +792,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
 #pragma unroll
         for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
       }
-      return __any_sync(~0u, !all) != 0;
+      return Hidden{__any_sync(~0u, !all) != 0, false};
     }
   };
 
@@ -817,10 +836,12 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     nan_seen |= (nan[0] | nan[1]) != 0;
   };
   // The rows' maxima. True if the outputs have to be multiplied with factor, or, if `first`, leave.
-  const auto begin_softmax = [&](float (&s)[kN / 2], bool masked, float (&factor)[2]) {
+  const auto begin_softmax = [&](float (&s)[kN / 2], Hidden hidden, float (&factor)[2]) {
     pin_registers(s);
     release_k();
-    if (masked) apply_mask<kN>(s, mask);
+    if (hidden.any) {
+      hidden.tail ? apply_tail<kN>(s, params.kv_volume) : apply_mask<kN>(s, mask);
+    }
     float inverse[2];
     if (first) {
       finish(last_rows(), inverse);
@@ -855,9 +876,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       await_turn();
       multiply_keys(s);
       pass_turn();
-      const bool masked = prepare();
+      const Hidden hidden = prepare();
       wgmma_wait<0>();
-      if (begin_softmax(s, masked, factor)) settle_output(factor);
+      if (begin_softmax(s, hidden, factor)) settle_output(factor);
       exponentiate<kN, 0, kN / 8>(state, s, scale_log2);
       pack_probabilities<T, kN>(p, s);
     }
@@ -868,9 +889,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
       multiply_keys(s);
       multiply_values(p);
       pass_turn();
-      const bool masked = prepare();
+      const Hidden hidden = prepare();
       wgmma_wait<1>();
-      bool rescale = begin_softmax(s, masked, factor);
+      bool rescale = begin_softmax(s, hidden, factor);
       // The product of the values runs on under the maxima and kEarly of the exponentials. The sums are in the condition
       // because the compiler would otherwise move these behind the branch. It must be false for every sum there is, a NaN
       // too: a warp that parts here waits for ever.
@@ -917,7 +938,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
     smem.record.init_barriers(4 * Config::kRingConsumers, Config::kMaskProduct ? Config::kConsumers : 0);
   smem.record.build_row_offsets(params.unit, params.grid, Config::kM, threadIdx.x, Config::kThreads);
   if constexpr (!Config::kMaskProduct) smem.mask.build(params.kv_box, threadIdx.x, Config::kThreads);
-  if (params.kv_box[0] * params.kv_box[1] * params.kv_box[2] < 16 * Config::kSteps) {
+  if (params.kv_volume < 16 * Config::kSteps) {
     // Rows that no load will write: zeros, because 0 * NaN would reach the output.
     uint4* const v = reinterpret_cast<uint4*>(&smem.v);
     for (int i = threadIdx.x; i < int(sizeof(smem.v) / sizeof(uint4)); i += Config::kThreads) v[i] = make_uint4(0, 0, 0, 0);

@@ -178,7 +178,7 @@ __device__ __forceinline__ void produce_small(const ForwardParams& params, const
   const int num_coordinates = extent[0] + extent[1] + extent[2];
   const uint32_t row_bytes = Config::kDim * 2 * params.item_heads;
   const uint32_t q_bytes = extent[0] * extent[1] * extent[2] * row_bytes;
-  const uint32_t kv_bytes = params.kv_box[0] * params.kv_box[1] * params.kv_box[2] * row_bytes;
+  const uint32_t kv_bytes = params.kv_volume * row_bytes;
 
   // The lane's axis.
   const int axis = lane < kMaxRank ? lane : 0;

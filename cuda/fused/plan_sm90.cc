@@ -122,8 +122,8 @@ double plan_cost(const KernelShape& kernel, const AxisCost (&c)[kMaxRank], const
   const double visits = c[0].visits * c[1].visits * c[2].visits;
   const double loads = c[0].loads * c[1].loads * c[2].loads;
   const double consumers = c[0].tiles * c[1].tiles * c[2].tiles * num_consumers;
-  // Columns past the box need a mask.
-  const double full = kv_box[0] * kv_box[1] * kv_box[2] == n ? c[0].full * c[1].full * c[2].full : 0;
+  const bool can_be_full = kv_box[0] * kv_box[1] * kv_box[2] >= shortest_full_box(kernel.num_columns, kernel.mask_product);
+  const double full = can_be_full ? c[0].full * c[1].full * c[2].full : 0;
   const double masks = kernel.mask_product ? visits * n * kProductShare : (visits - full) * n * kMaskShare;
   const double compute = visits * (n + kTileOverhead) + masks + consumers * kItemOverhead;
   const double load = loads * kv_box[0] * kv_box[1] * kv_box[2] * kLoadShare;
@@ -201,12 +201,16 @@ double small_cost(const Problem& problem, const AxisCost (&c)[kMaxRank], const F
 // Whether a hidden score (mask_product_sm90.h) is a weight of 0.
 bool hides_by_score(const Problem& problem) { return problem.scale >= 1e-20f; }
 
-// Extents worth trying on an axis: every one up to ten, then even ones.
-std::vector<int32_t> query_extents(int32_t limit) {
-  std::vector<int32_t> result;
-  for (int32_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 21, 24, 28, 32, 40, 48, 56, 64}) {
-    if (m <= limit) result.push_back(m);
+// Extents worth trying on an axis: every one up to ten, then even ones, and multiples of the stride: so many queries share
+// one window.
+std::vector<int32_t> query_extents(int32_t limit, int32_t stride) {
+  std::vector<int32_t> result = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 21, 24, 28, 32, 40, 48, 56, 64};
+  if (stride > 1) {
+    for (int32_t extent = stride; extent <= 64; extent += stride) result.push_back(extent);
   }
+  std::sort(result.begin(), result.end());
+  result.erase(std::unique(result.begin(), result.end()), result.end());
+  result.erase(std::upper_bound(result.begin(), result.end(), limit), result.end());
   return result;
 }
 
@@ -341,14 +345,18 @@ ForwardPlan search(const Problem& problem) {
     const KernelShape& kernel = kForwardKernels[k];
     if (kernel.dim != problem.dim || (kernel.mask_product && !hides_by_score(problem))) continue;
     const int32_t rows = kernel.rows_per_consumer();
-    for (int32_t m0 : query_extents(std::min(costs[0].queries(), costs[0].largest_box()))) {
-      for (int32_t m1 : query_extents(std::min(costs[1].queries(), costs[1].largest_box()))) {
+    for (int32_t m0 : query_extents(std::min(costs[0].queries(), costs[0].largest_box()), problem.axis[0].stride)) {
+      for (int32_t m1 : query_extents(std::min(costs[1].queries(), costs[1].largest_box()), problem.axis[1].stride)) {
         if (m0 * m1 > rows) break;
-        // The innermost extent: the largest that fits, and the one that splits the axis evenly.
+        // The innermost extent: the largest that fits, the one that splits the axis evenly, and whole strides.
         const int32_t widest = std::min({rows / (m0 * m1), costs[2].queries(), costs[2].largest_box()});
         const int32_t parts = (costs[2].queries() + widest - 1) / widest;
         const int32_t even = (costs[2].queries() + parts - 1) / parts;
-        for (int32_t m2 : {widest, even}) {
+        const int32_t strides = widest / problem.axis[2].stride * problem.axis[2].stride;
+        std::vector<int32_t> extents = {widest};
+        if (even != widest) extents.push_back(even);
+        if (strides > 0 && strides != even && strides != widest) extents.push_back(strides);
+        for (int32_t m2 : extents) {
           const bool wasteful = m0 * m1 * m2 * 2 < rows && m2 < costs[2].queries() && m2 < costs[2].largest_box();
           if (wasteful) continue;
           const int32_t unit[kMaxRank] = {m0, m1, m2};
@@ -359,7 +367,6 @@ ForwardPlan search(const Problem& problem) {
               search_kv_boxes(problem, k, unit, grid, costs, &best);
             }
           }
-          if (even == widest) break;
         }
       }
     }

@@ -19,6 +19,12 @@ enum class Sharing : int32_t {
   kWarps,    // warps of 16 queries split one query tile; each multiplies with its own keys only (forward_small_sm90.h)
 };
 
+// Keys of a box that needs no mask where every row sees all of them. Those past the box are hidden column by column: at
+// most two groups of eight.
+constexpr int32_t shortest_full_box(int32_t num_columns, bool mask_product) {
+  return mask_product ? num_columns : num_columns - 16;
+}
+
 // What a forward kernel fixes.
 struct KernelShape {
   int32_t dim;

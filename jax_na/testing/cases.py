@@ -101,6 +101,10 @@ CASES = (
     Case("2d-extra-bias", (11, 12), (5, 3), extra=5, bias=True, heads=2, kv_heads=1),
     Case("2d-d64", (33, 31), (13, 12), dim=64),
     Case("2d-d128", (24, 20), (10, 9), dim=128),
+    # Key boxes of 121 and 55 keys that all queries of a tile see, in tiles of 128 and 64.
+    Case("2d-blocked-d64", (22, 33), 11, stride=11, dim=64),
+    Case("2d-blocked-d128", (22, 33), 11, stride=11, dim=128),
+    Case("2d-blocked-d256", (11, 22), 11, stride=11, dim=256, heads=1, kv_heads=1),
     Case("2d-d256", (9, 10), (5, 4), dim=256, heads=1, kv_heads=1),
     Case("2d-scale0", (8, 8), 3, scale=0.0),
     # 3-D
