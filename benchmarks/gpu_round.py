@@ -1,7 +1,7 @@
 """The whole round on a GPU: tests, random problems, sanitizer, benchmark rows; writes one JSON file that is committed.
 
 Usage: python -m benchmarks.gpu_round --out benchmarks/results/h200/latest.json [--commit HASH] [--skip tests fuzz sanitizer rows]
-  [--implementations cuda cuda_fused ...] [--problems REGEX] [--dtypes bfloat16 float32] [--limit SECONDS]
+  [--implementations cuda cuda_fused ... cudnn] [--problems REGEX] [--dtypes bfloat16 float32] [--limit SECONDS]
 
 The file is written anew after every part. Exit status 1 if a test failed or was skipped, a random problem was wrong, the sanitizer
 found an error, or a part did not end within its limit.
@@ -32,6 +32,7 @@ from benchmarks.problems import NEIGHBOURS, PROBLEMS, bound_ms, useful_flop
 EXPECTED_OVER_BOUND = {
     "cuda": 1.5,
     "cuda_hopper": 1.5,
+    "cudnn": 1.5,
     "cuda_fused": 3.0,
     "cuda_gemm": 12.0,
     "cuda_naive": 70.0,

@@ -57,6 +57,17 @@ def backward(spec: Spec, inputs: Inputs, out: Array, lse: Array, grad_out: Array
     )
 
 
+def cudnn_forward(case: Case, inputs: Inputs) -> Array:
+    """What a JAX user has for causal windows in one dimension without this library."""
+    spec = case.spec()
+    if spec.rank != 1 or not spec.is_causal[0] or (spec.stride, spec.dilation) != ((1,), (1,)):
+        raise NotImplementedError("cuDNN has causal windows in one dimension only")
+    window = (spec.window[0] - 1, 0)
+    return jax.nn.dot_product_attention(
+        inputs.query, inputs.key, inputs.value, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
+
+
 def device_ms(function: Callable[..., Any], sets: list[tuple[Any, ...]], expected_ms: float, repeats: int = 7) -> float:
     """Milliseconds of one call of ``function`` on the device.
 
@@ -89,7 +100,15 @@ def input_sets(case: Case, dtype: Any) -> list[tuple[Inputs, Array]]:
 def time_case(
     case: Case, sets: list[tuple[Inputs, Array]], implementation: str | None, expected_ms: float
 ) -> dict[str, dict[str, float]]:
-    """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem; ``expected_ms`` of a forward sets how many calls are timed."""
+    """``{"fwd": {"ms", "max_error"}, "bwd": ...}`` of one problem; ``expected_ms`` of a forward sets how many calls are timed.
+
+    Of ``cudnn`` (:func:`cudnn_forward`) only the forward.
+    """
+    if implementation == "cudnn":
+        cudnn = functools.partial(cudnn_forward, case)
+        out = jax.jit(cudnn)(sets[0][0])
+        ms = device_ms(cudnn, [(inputs,) for inputs, _ in sets], expected_ms)
+        return {"fwd": {"ms": ms, "max_error": sampled_forward_error(case, sets[0][0], out)}}
     spec = case.spec(implementation=implementation)
     residuals = [jax.jit(functools.partial(forward, spec))(inputs) for inputs, _ in sets]
     out, lse = residuals[0]

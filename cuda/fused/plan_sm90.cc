@@ -111,7 +111,7 @@ class AxisCosts {
 // More weights of the cost model, in key columns of 64 rows.
 // PERF: relative times, from the arithmetic of a tile (see DESIGN.md); measured on an H200 only through the plans they
 // choose.
-constexpr double kMaskShare = 0.45;     // of a tile's columns, where consumers apply a mask
+constexpr double kMaskShare = 0.35;     // of a tile's columns, where consumers apply a mask
 constexpr double kProductShare = 0.06;  // of a tile's columns, always, where the tensor cores do
 constexpr double kTurnShare = 0.88;     // of its consumers use a key tile: below, turns cost more than they gain
 constexpr double kLoadShare = 1.33;     // loading a column from L2, against multiplying it with 64 rows
