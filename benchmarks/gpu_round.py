@@ -128,20 +128,31 @@ def run_sanitizer(implementations: list[str], limit: float | None) -> dict[str, 
 
     def run(tool: str, name: str) -> dict[str, Any]:
         start = time.time()
-        status, text = sanitize(limit, tool, name)
+        try:
+            status, text = sanitize(limit, tool, name)
+        except subprocess.TimeoutExpired:
+            print(f"{tool} {name}: did not end", flush=True)
+            return {"clean": False, "cases": None, "summary": f"did not end within {limit} s"}
         found = re.findall(r"ERROR SUMMARY: .*|RACECHECK SUMMARY: .*", text)
         ran = re.findall(r"all cases ran: (\d+)", text)
         clean = status == 0 and bool(ran)
         print(f"{tool} {name}: {found} {ran} {time.time() - start:.0f} s", "" if clean else text[-3000:], flush=True)
         return {"clean": clean, "cases": int(ran[0]) if ran else None, "summary": found[-1] if found else text[-500:]}
 
+    def control() -> dict[str, Any]:
+        try:
+            text = sanitize(limit, "memcheck", "--control")[1]
+        except subprocess.TimeoutExpired:
+            text = "did not end"
+        seen = "Invalid __global__ read" in text
+        if not seen:
+            print("the control's error was not found:", text[-2000:])
+        return {"clean": seen}
+
     with concurrent.futures.ThreadPoolExecutor(len(kinds) + 1) as pool:
-        control = pool.submit(sanitize, limit, "memcheck", "--control")
+        of_control = pool.submit(control)
         outcomes = list(pool.map(lambda kind: run(*kind), kinds))
-    seen = "Invalid __global__ read" in control.result()[1]
-    if not seen:
-        print("the control's error was not found:", control.result()[1][-2000:])
-    return {"control": {"clean": seen}} | {f"{tool} {name}": x for (tool, name), x in zip(kinds, outcomes, strict=True)}
+    return {"control": of_control.result()} | {f"{tool} {name}": x for (tool, name), x in zip(kinds, outcomes, strict=True)}
 
 
 def run_rows(
