@@ -110,9 +110,7 @@ _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
 _LOST_ROWS = 12  # a product of so many more rows would take that time at full speed
 _COPY_NS = 0.25  # moving one element of a key or value box
-_CHUNK_SCORES = (
-    1 << 17
-)  # scores of one step: half a MiB of float32; four steps stay in the second-level caches of two cores
+_CHUNK_SCORES = 1 << 15  # scores of one step: eight steps beside each other stay near the second-level caches of two cores
 
 
 def box_length(tile: int, window: int, stride: int, is_causal: bool) -> int:
@@ -494,6 +492,6 @@ def loop(tiles: Tiles, step: Callable[..., Any], carry: Any, *each: Any) -> Any:
     """``carry = step(carry, coords, *entries)`` over all steps; arrays of ``each`` have an entry for every step."""
     steps = tiles.plan.steps
     # PERF: XLA's products of this size take one thread of a CPU, but independent operations of a loop's body run beside each
-    # other: steps in one body keep the other cores busy.
-    unroll = math.gcd(len(steps), 4) if len(steps) >= 32 else 1
+    # other: steps in one body keep the other cores busy. Only if more than eight operations are ready does XLA share them out.
+    unroll = max(d for d in range(1, 9) if len(steps) % d == 0) if len(steps) >= 32 else 1
     return lax.scan(lambda carry, xs: (step(carry, *xs), None), carry, (jnp.asarray(steps), *each), unroll=unroll)[0]
