@@ -98,6 +98,10 @@ class _Call:
     def clean_box(self, x: Array, coords: Array) -> Array:
         return _clean(self.box(x, coords))
 
+    def poison(self, key: Array, value: Array) -> Array:
+        """One number per key, split as keys are: NaN where the token is not finite, else zero."""
+        return self.tiles.keys(_poison(key) + _poison(value))
+
     def key_box(self, x: Array, poison: Array, coords: Array) -> Array:
         """A box of keys, NaN where ``poison`` has it. PERF: in the step; before the loop it would be a copy of all keys."""
         return self.box(x, coords) + self.box(poison, coords)
@@ -141,7 +145,7 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype), jnp.zeros(query.shape[:-1], acc)
     call = _Call(spec, inputs, halo)
     tiles = call.tiles
-    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), call.poison(key, value)
 
     def step(state: State, coords: Array) -> State:
         q = call.tile(queries, coords) * spec.scale
@@ -197,7 +201,7 @@ def backward(
     call = _Call(spec, inputs, halo)
     call.operands += [out, lse, grad_out]
     tiles = call.tiles
-    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), call.poison(key, value)
 
     # ds = p * (dp - delta): the gradient of lse enters as delta does. A query that sees nothing has lse = -inf.
     # PERF: XLA's sum of a product takes forty times as long as this dot on a CPU.
@@ -222,9 +226,9 @@ def backward(
         state, (row_lse, row_delta) = dict(state), rows
         lse, delta = (x[:, :, :, 0, ..., None] for x in rows)  # of additional keys
         q, d_out = call.tile(queries, coords) * spec.scale, _clean(call.tile(grads, coords))
-        k = call.key_box(keys, poison, coords)
+        k = call.clean_box(keys, coords)  # PERF: one box for both of its products; the poison goes to the scores
         # PERF: of the products only one contracts its first axes if scores are laid out [keys, queries].
-        scores = call.unfold_t(call.product(k, call.fold(q), (-1, -1)))
+        scores = call.unfold_t(call.product(k, call.fold(q), (-1, -1))) + call.box(poison, coords)[..., None]
         if call.bias is not None:
             pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), call.bias)
             scores = scores + jnp.moveaxis(pairs, -1, 3)
@@ -232,7 +236,7 @@ def backward(
         d_weights = call.unfold_t(call.product(call.clean_box(values, coords), call.fold(d_out), (-1, -1)))
         # Outside the mask d_weights is anything: it may overflow.
         d_scores = jnp.where(weights == 0, 0, weights * (d_weights - row_delta))
-        d_query = call.unfold(call.product(call.fold_t(d_scores), _clean(k), (-2, -2)))
+        d_query = call.unfold(call.product(call.fold_t(d_scores), k, (-2, -2)))
         d_key = call.product(call.fold_t(d_scores), _clean(call.fold(q)))
         state["key"] = tiles.add_box(state["key"], coords, d_key)
         state["value"] = tiles.add_box(state["value"], coords, call.product(call.fold_t(weights), call.fold(d_out)))
@@ -279,9 +283,9 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     call = _Call(spec, inputs, halo)
     call.operands += [*(x for x in tangents if x is not None), out, lse]
     tiles = call.tiles
-    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), call.poison(key, value)
     t_queries, t_keys, t_values = tiles.queries(tangents.query), tiles.keys(tangents.key), tiles.keys(tangents.value)
-    t_poison = tiles.keys(_poison(tangents.value))
+    t_poison = call.poison(tangents.key, tangents.value)
     outs, lses = tiles.queries(out), tiles.queries(jnp.where(lse == -jnp.inf, 0, lse)[..., None], math.inf)
     t_bias = None if tangents.bias is None else tiles.split_bias(tangents.bias.astype(acc))
     extra = [call.extra_key, call.extra_value, *call.extra(tangents)]
