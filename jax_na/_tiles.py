@@ -110,7 +110,12 @@ _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
 _LOST_ROWS = 12  # a product of so many more rows would take that time at full speed
 _COPY_NS = 0.25  # moving one element of a key or value box
-_CHUNK_SCORES = 1 << 15  # scores of one step: eight steps beside each other stay near the second-level caches of two cores
+# PERF: on a CPU jax 0.10 runs every product of this size on one thread, later versions split it over heads: so there, small
+# steps and many of them beside each other (13x13 windows on two cores: 20 % less time forward, 14 % forward and backward), here
+# few large ones (small steps would cost 5 to 30 %). In both the steps of a body fit in the caches of two cores.
+_STEPS_SHARE_CORES = jax.__version_info__ < (0, 11)
+_CHUNK_SCORES = 1 << (15 if _STEPS_SHARE_CORES else 17)  # scores of one step
+_MAX_UNROLL = 8 if _STEPS_SHARE_CORES else 4  # steps in one body of the loop
 
 
 def box_length(tile: int, window: int, stride: int, is_causal: bool) -> int:
@@ -491,7 +496,6 @@ def make_tiles(spec: Spec, inputs: Inputs, halo: Array) -> Tiles:
 def loop(tiles: Tiles, step: Callable[..., Any], carry: Any, *each: Any) -> Any:
     """``carry = step(carry, coords, *entries)`` over all steps; arrays of ``each`` have an entry for every step."""
     steps = tiles.plan.steps
-    # PERF: XLA's products of this size take one thread of a CPU, but independent operations of a loop's body run beside each
-    # other: steps in one body keep the other cores busy. Only if more than eight operations are ready does XLA share them out.
-    unroll = max(d for d in range(1, 9) if len(steps) % d == 0) if len(steps) >= 32 else 1
+    # PERF: independent operations of a loop's body run beside each other on a CPU: several steps in one keep its cores busy.
+    unroll = max(d for d in range(1, _MAX_UNROLL + 1) if len(steps) % d == 0) if len(steps) >= 32 else 1
     return lax.scan(lambda carry, xs: (step(carry, *xs), None), carry, (jnp.asarray(steps), *each), unroll=unroll)[0]
