@@ -98,10 +98,6 @@ class _Call:
     def clean_box(self, x: Array, coords: Array) -> Array:
         return _clean(self.box(x, coords))
 
-    def poison(self, key: Array, value: Array) -> Array:
-        """One number per key, split as keys are: NaN where the token is not finite, else zero."""
-        return self.tiles.keys(_poison(key) + _poison(value))
-
     def key_box(self, x: Array, poison: Array, coords: Array) -> Array:
         """A box of keys, NaN where ``poison`` has it. PERF: in the step; before the loop it would be a copy of all keys."""
         return self.box(x, coords) + self.box(poison, coords)
@@ -145,7 +141,7 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype), jnp.zeros(query.shape[:-1], acc)
     call = _Call(spec, inputs, halo)
     tiles = call.tiles
-    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), call.poison(key, value)
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
 
     def step(state: State, coords: Array) -> State:
         q = call.tile(queries, coords) * spec.scale
@@ -201,7 +197,9 @@ def backward(
     call = _Call(spec, inputs, halo)
     call.operands += [out, lse, grad_out]
     tiles = call.tiles
-    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), call.poison(key, value)
+    queries, keys, values = tiles.queries(query), tiles.keys(key), tiles.keys(value)
+    # An infinite key is NaN to whoever sees it, also where the forward gives it a weight of zero.
+    poison = tiles.keys(_poison(key) + _poison(value))
 
     # ds = p * (dp - delta): the gradient of lse enters as delta does. A query that sees nothing has lse = -inf.
     # PERF: XLA's sum of a product takes forty times as long as this dot on a CPU.
@@ -283,9 +281,9 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     call = _Call(spec, inputs, halo)
     call.operands += [*(x for x in tangents if x is not None), out, lse]
     tiles = call.tiles
-    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), call.poison(key, value)
+    queries, keys, values, poison = tiles.queries(query), tiles.keys(key), tiles.keys(value), tiles.keys(_poison(value))
     t_queries, t_keys, t_values = tiles.queries(tangents.query), tiles.keys(tangents.key), tiles.keys(tangents.value)
-    t_poison = call.poison(tangents.key, tangents.value)
+    t_poison = tiles.keys(_poison(tangents.value))
     outs, lses = tiles.queries(out), tiles.queries(jnp.where(lse == -jnp.inf, 0, lse)[..., None], math.inf)
     t_bias = None if tangents.bias is None else tiles.split_bias(tangents.bias.astype(acc))
     extra = [call.extra_key, call.extra_value, *call.extra(tangents)]
