@@ -13,6 +13,7 @@
 #include "fused/geometry.h"
 #include "fused/mask_codes.h"
 #include "fused/plan_sm90.h"
+#include "fused/schedule_sm90.h"
 
 using namespace jax_na;
 using namespace jax_na::hopper;
@@ -345,6 +346,15 @@ extern "C" int32_t plan_ctas(const int32_t* axes, int32_t rank, int32_t dim, int
   copy_boxes(found, plan);
   plan[9] = kForwardKernels[found.kernel].num_columns;
   return found.ctas;
+}
+
+// axes: whole_problem. items: of all heads, in the order in which they come. Returns the short layers.
+extern "C" int32_t plan_schedule(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads, int32_t tiles,
+                                 int32_t* items) {
+  const ForwardPlan found = plan_forward(whole_problem(axes, rank, dim, heads));
+  const Schedule schedule(heads, found.layers, tiles / found.layers, found.short_layers);
+  for (int32_t number = 0; number < heads * tiles; ++number) items[number] = schedule.item(number);
+  return found.short_layers;
 }
 
 extern "C" const char* check_group_axis() {

@@ -1,6 +1,7 @@
 """The tile plan and the geometry of the Hopper kernels: what the kernels rely on, checked on the host."""
 
 import ctypes
+import math
 import random
 
 import numpy as np
@@ -147,3 +148,46 @@ def test_ctas_end_together(library, lengths, windows, heads, dim, gain):
     for number in range(128, 132):
         assert fullest(ctas) <= fullest(number) / 0.99
     assert fullest(ctas) <= (1 - gain) * fullest(132)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "windows", "causal", "heads", "dim", "some"),
+    [
+        ((16384,), (2048,), (True,), 16, 128, True),
+        ((3000,), (700,), (True,), 3, 64, True),
+        ((3000,), (3000,), (True,), 2, 64, True),  # all are short
+        ((24, 32, 48), (12, 16, 16), (True, False, False), 2, 128, True),
+        ((24, 40, 64), (12, 20, 20), (True, False, False), 24, 128, True),  # a layer of three heads is at work at a time
+        ((100, 90), (30, 30), (False, True), 2, 64, False),  # the axis of the causal mask varies fastest
+        ((3000,), (700,), (False,), 3, 64, False),
+        ((32768,), (8192,), (True,), 64, 128, False),  # windows of all heads at a time would leave L2
+    ],
+)
+def test_short_tiles_come_last(library, lengths, windows, causal, heads, dim, some):
+    triples = zip(lengths, windows, causal, strict=True)
+    axes = [x for length, window, flag in triples for x in (length, window, 1, 1, int(flag))]
+    arguments = (ctypes.c_int32 * len(axes))(*axes), len(lengths), dim, heads
+    plan, pointer = np.zeros(10, np.int32), ctypes.POINTER(ctypes.c_int32)
+    library.plan_ctas(*arguments, plan.ctypes.data_as(pointer))
+    extents = (plan[:3] * plan[3:6])[3 - len(lengths) :]
+    tiles = [int(-(-length // extent)) for length, extent in zip(lengths, extents, strict=True)]
+    tiles_of_layer = math.prod(tiles[1:])
+    items = np.zeros(heads * math.prod(tiles), np.int32)
+    short_layers = library.plan_schedule(*arguments, math.prod(tiles), items.ctypes.data_as(pointer))
+    assert sorted(items) == list(range(items.size))
+    assert (short_layers > 0) == some
+    if not some:
+        np.testing.assert_array_equal(items, np.arange(items.size))
+        return
+
+    begin, end = window_bounds(np.arange(lengths[0]), lengths[0], windows[0], 1, True, np)
+    first = np.arange(0, lengths[0], extents[0])
+    last = np.minimum(first + extents[0], lengths[0]) - 1
+    layer = items % math.prod(tiles) // tiles_of_layer
+    is_short = begin[first][layer] == 0
+    assert is_short.sum() == short_layers * heads * tiles_of_layer
+    assert np.all(np.diff(is_short.astype(int)) >= 0)
+    assert np.all(np.diff(items[~is_short]) > 0)
+    assert np.all(np.diff((end[last] - begin[first])[layer[is_short]]) <= 0)  # the longest first
+    steps = np.diff(items[is_short])
+    assert np.mean(steps == 1) >= 1 - 1 / tiles_of_layer  # a layer at a time

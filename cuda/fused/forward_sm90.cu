@@ -80,7 +80,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   if (num_items >= int64_t(1) << 31) return Status::error("the Hopper kernels count query tiles in 31 bits");
   params.num_items = int32_t(num_items);
   const int64_t instances = num_items / tiles_of_group;
-  params.longest_first = FastDivisor(plan.longest_first ? instances : 1);
+  params.schedule = Schedule(instances, plan.layers, tiles_of_group / plan.layers, plan.short_layers);
   params.halo = problem.sharded ? buffers.halo : nullptr;
   params.rank = problem.rank;
   params.heads = FastDivisor(problem.heads);

@@ -21,6 +21,7 @@
 #include "mask_sm90.h"
 #include "plan_sm90.h"
 #include "recompute_sm90.cuh"
+#include "schedule_sm90.h"
 #include "token_map_sm90.h"
 #include "window_range_sm90.h"
 
@@ -56,9 +57,9 @@ struct ForwardParams {
   FastDivisor heads;
   FastDivisor head_groups;  // heads / item_heads
   FastDivisor heads_per_kv;
-  int32_t item_heads;         // heads of a query tile; more than one in the kernels for small windows only
-  int32_t num_items;          // batch x heads x groups x tiles
-  FastDivisor longest_first;  // if not 1: batch x heads x groups, and the last tiles of all of them come first
+  int32_t item_heads;  // heads of a query tile; more than one in the kernels for small windows only
+  int32_t num_items;   // batch x heads x groups x tiles
+  Schedule schedule;   // of the items
   // Consumers of a shared key tile take turns at the tensor cores, so that the softmax of one runs under the products of
   // another.
   int32_t take_turns;
@@ -204,21 +205,16 @@ struct ForwardStorage {
 };
 
 // ---- producer ----
-// Where query tile `index` lies on one axis.
+// Where the query tile that comes as number so many lies on one axis.
 struct ItemPlace {
   int32_t tile, residue;  // of the axis
   int32_t head, batch;
 };
 
-// Spatial tiles vary fastest, then dilation groups, heads, batch, so that CTAs share keys in L2.
-__device__ __forceinline__ ItemPlace item_place(const ForwardParams& params, uint32_t index, int axis) {
+// Of an item, spatial tiles vary fastest, then dilation groups, heads, batch.
+__device__ __forceinline__ ItemPlace item_place(const ForwardParams& params, uint32_t number, int axis) {
   ItemPlace place{};
-  uint32_t n = index;
-  if (params.longest_first.divisor != 1) {
-    const uint32_t tiles = params.tiles[0].divisor * params.tiles[1].divisor * params.tiles[2].divisor;
-    const uint32_t instance = params.longest_first.split(n);
-    n = instance * tiles + (tiles - 1 - n);
-  }
+  uint32_t n = params.schedule.item(number);
 #pragma unroll
   for (int a = kMaxRank - 1; a >= 0; --a) {
     const int32_t t = params.tiles[a].split(n);

@@ -374,17 +374,29 @@ ForwardPlan search(const Problem& problem) {
   return best;
 }
 
-// Whether to begin with the last query tiles: under a causal mask the first ones are short, and what is left over when the
-// SMs run out of tiles should be short. Not if the windows of so many instances (heads, groups, batch) would not stay in
-// L2.
-bool longest_first(const Problem& problem, const ForwardPlan& plan) {
-  constexpr int64_t kBytes = 24 << 20;  // PERF: half of the L2 of an H200
-  int outermost = 0;                    // axis with more than one query tile
-  while (outermost < kMaxRank - 1 && problem.axis[outermost].q_len <= plan.unit[outermost] * plan.grid[outermost])
-    ++outermost;
-  int64_t instances = problem.batch * problem.heads / plan.small.item_heads;
-  for (const Axis& axis : problem.axis) instances *= axis.dilation;
-  return problem.axis[outermost].causal != 0 && instances * problem.window_volume() * problem.dim * 4 <= kBytes;
+// How a causal mask splits the query tiles of an instance (schedule_sm90.h). None of a shard is short, which seldom is the
+// first; and none if the windows of the instances whose short layers are at work at a time would not stay in L2.
+void find_short_layers(const Problem& problem, int32_t num_sms, ForwardPlan* plan) {
+  constexpr int64_t kBytes = 24 << 20;        // PERF: half of the L2 of an H200
+  int32_t extent[kMaxRank], tiles[kMaxRank];  // tiles of the longest dilation group
+  int64_t instances = problem.batch * problem.heads;
+  for (int a = 0; a < kMaxRank; ++a) {
+    const Axis& axis = problem.axis[a];
+    extent[a] = plan->unit[a] * plan->grid[a];
+    tiles[a] = ((axis.q_len + axis.dilation - 1) / axis.dilation + extent[a] - 1) / extent[a];
+    instances *= axis.dilation;
+  }
+  int outermost = 0;  // axis with more than one tile
+  while (outermost < kMaxRank - 1 && tiles[outermost] == 1) ++outermost;
+  plan->layers = tiles[outermost];
+  const Axis& axis = problem.axis[outermost];
+  int64_t layer = 1;
+  for (int a = outermost + 1; a < kMaxRank; ++a) layer *= tiles[a];
+  const int64_t at_work = std::min(instances, num_sms / layer + 1);
+  if (axis.causal == 0 || problem.sharded || at_work * problem.window_volume() * problem.dim * 4 > kBytes) return;
+  const int32_t length = group_length(axis.kv_len, axis.dilation, 0);
+  int32_t& result = plan->short_layers;
+  while (result < plan->layers && keys_of_query(axis, length, result * extent[outermost]).begin == 0) ++result;
 }
 
 // What follows from the boxes: the keys of a warp, the turns, the schedule.
@@ -399,8 +411,9 @@ void complete(const Problem& problem, int32_t num_sms, ForwardPlan* plan) {
   }
   // PERF: two consumers are better off without (H200: 128-w32 1.10 ms, with turns 1.15; ltx-s5 7.60, with turns 7.79).
   plan->take_turns = consumers > 2 && used >= kTurnShare * consumers;
-  plan->longest_first = longest_first(problem, *plan);
-  plan->ctas = plan->longest_first ? num_sms : balanced_ctas(problem, *plan, num_sms);
+  // The kernels for small windows count on the same tiles in every round of their CTAs.
+  if (kForwardKernels[plan->kernel].sharing != Sharing::kWarps) find_short_layers(problem, num_sms, plan);
+  plan->ctas = plan->short_layers != 0 ? num_sms : balanced_ctas(problem, *plan, num_sms);
 }
 
 // For a plan completed: within the limits of its kernel. What only an override can break.

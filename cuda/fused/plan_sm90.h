@@ -86,7 +86,7 @@ struct ForwardPlan {
   bool take_turns = true;                   // at the tensor cores: forward_sm90.h
   int32_t warp_keys[kMaxRank] = {1, 1, 1};  // kWarps: keys of a tile that one consumer multiplies with, at most
   SmallPlan small;                          // kWarps
-  bool longest_first = false;               // the last query tiles come first
+  int32_t layers = 1, short_layers = 0;     // of query tiles: schedule_sm90.h
   int32_t ctas = 0;                         // of the GPU; kWarps: its SMs
   // Of one batch entry and head, predicted:
   double cost = 0;     // key columns of 64 rows
