@@ -1,5 +1,5 @@
 // Host side of the Hopper forward pass: plan, tensor maps, parameters, launch.
-#include "forward_sm90.h"
+#include "forward_params_sm90.h"
 
 #include <algorithm>
 

@@ -2,8 +2,8 @@
 // dimension instantiates them, so that they compile side by side.
 #pragma once
 
-#include "forward_sm90.h"
-#include "forward_small_sm90.h"
+#include "forward_kernel_sm90.cuh"
+#include "forward_small_kernel_sm90.cuh"
 #include "plan_sm90.h"
 
 namespace jax_na::hopper {

@@ -16,7 +16,8 @@ namespace jax_na::hopper {
 enum class Sharing : int32_t {
   kShared,   // warpgroups of 64 queries split one query tile and read the same key tiles
   kPrivate,  // each warpgroup has query tiles and key tiles of its own
-  kWarps,    // warps of 16 queries split one query tile; each multiplies with its own keys only (forward_small_sm90.h)
+  kWarps,    // warps of 16 queries split one query tile; each multiplies with its own keys only
+             // (forward_small_kernel_sm90.cuh)
 };
 
 // Keys of a box that needs no mask where every row sees all of them. Those past the box are hidden column by column: at
@@ -83,7 +84,7 @@ struct ForwardPlan {
   int32_t unit[kMaxRank] = {1, 1, 1};       // queries of one consumer per axis, group coordinates
   int32_t grid[kMaxRank] = {1, 1, 1};       // consumers of a query tile per axis; a shared kernel splits one axis
   int32_t kv_box[kMaxRank] = {1, 1, 1};     // keys of a tile
-  bool take_turns = true;                   // at the tensor cores: forward_sm90.h
+  bool take_turns = true;                   // at the tensor cores: forward_consumer_sm90.cuh
   int32_t warp_keys[kMaxRank] = {1, 1, 1};  // kWarps: keys of a tile that one consumer multiplies with, at most
   SmallPlan small;                          // kWarps
   int32_t layers = 1, short_layers = 0;     // of query tiles: schedule_sm90.h
