@@ -77,6 +77,11 @@ class Plan:
         return tuple(axis.box for axis in self.axes)
 
     @property
+    def scores(self) -> int:
+        """Scores of one step."""
+        return math.prod(self.chunk) * self.members * math.prod(self.tile) * math.prod(self.box)
+
+    @property
     def grid(self) -> tuple[int, ...]:
         totals = (self.groups, self.batch, self.kv_heads)
         return (*(t // c for t, c in zip(totals, self.chunk, strict=True)), *(axis.num_tiles for axis in self.axes))
@@ -108,14 +113,15 @@ class Plan:
 _STEP_NS = 10_000.0  # starting the two dozen operations of a step
 _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
-_LOST_ROWS = 12  # a product of so many more rows would take that time at full speed
 _COPY_NS = 0.25  # moving one element of a key or value box
-# PERF: on a CPU jax 0.10 runs every product of this size on one thread, later versions split it over heads: so there, small
-# steps and many of them beside each other (13x13 windows on two cores: 20 % less time forward, 14 % forward and backward), here
-# few large ones (small steps would cost 5 to 30 %). In both the steps of a body fit in the caches of two cores.
+# PERF: on a CPU jax 0.10 runs every product of this size on one thread, later versions split it over heads and lose less on few
+# rows: so there steps of one head and larger tiles, here of all heads and smaller tiles (13x13 windows on two cores, forward and
+# backward: each takes 14 to 28 % longer with the other's). A body has as many steps as fit in the caches together.
 _STEPS_SHARE_CORES = jax.__version_info__ < (0, 11)
+_LOST_ROWS = 12 if _STEPS_SHARE_CORES else 2  # a product of so many more rows would take that time at full speed
 _CHUNK_SCORES = 1 << (15 if _STEPS_SHARE_CORES else 17)  # scores of one step
-_MAX_UNROLL = 8 if _STEPS_SHARE_CORES else 4  # steps in one body of the loop
+_MAX_UNROLL = 8  # steps in one body of the loop
+_BODY_SCORES = 1 << 19  # scores of one body
 
 
 def box_length(tile: int, window: int, stride: int, is_causal: bool) -> int:
@@ -496,6 +502,8 @@ def make_tiles(spec: Spec, inputs: Inputs, halo: Array) -> Tiles:
 def loop(tiles: Tiles, step: Callable[..., Any], carry: Any, *each: Any) -> Any:
     """``carry = step(carry, coords, *entries)`` over all steps; arrays of ``each`` have an entry for every step."""
     steps = tiles.plan.steps
-    # PERF: independent operations of a loop's body run beside each other on a CPU: several steps in one keep its cores busy.
-    unroll = max(d for d in range(1, _MAX_UNROLL + 1) if len(steps) % d == 0) if len(steps) >= 32 else 1
+    # PERF: independent operations of a loop's body run beside each other on a CPU: several steps in one keep its cores busy. XLA
+    # gives another thread a share only where more than eight operations are ready, and runs one loop after the other.
+    most = max(1, min(_MAX_UNROLL, _BODY_SCORES // tiles.plan.scores)) if len(steps) >= 32 else 1
+    unroll = max(d for d in range(1, most + 1) if len(steps) % d == 0)
     return lax.scan(lambda carry, xs: (step(carry, *xs), None), carry, (jnp.asarray(steps), *each), unroll=unroll)[0]
