@@ -225,8 +225,9 @@ struct Consumer {
     }
   }
 
-  // One arrival per warp.
+  // One arrival per warp, for what all of its lanes have read.
   static __device__ __forceinline__ void release(uint64_t* barrier) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) sm90::mbarrier_arrive(barrier);
   }
 
