@@ -51,30 +51,18 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
         kept = keep_nan<T>(kept, r[i]);
       }
       // After both exchanges lane q holds what lanes 0..3 had in r[q].
-      uint32_t send = q & 1 ? r[0] : r[1];
-      uint32_t got = __shfl_xor_sync(~0u, send, 1);
-      if (q & 1)
-        r[0] = got;
-      else
-        r[1] = got;
-      send = q & 1 ? r[2] : r[3];
-      got = __shfl_xor_sync(~0u, send, 1);
-      if (q & 1)
-        r[2] = got;
-      else
-        r[3] = got;
-      send = q & 2 ? r[0] : r[2];
-      got = __shfl_xor_sync(~0u, send, 2);
-      if (q & 2)
-        r[0] = got;
-      else
-        r[2] = got;
-      send = q & 2 ? r[1] : r[3];
-      got = __shfl_xor_sync(~0u, send, 2);
-      if (q & 2)
-        r[1] = got;
-      else
-        r[3] = got;
+#pragma unroll
+      for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & bit) continue;
+          const uint32_t got = __shfl_xor_sync(~0u, q & bit ? r[i] : r[i + bit], bit);
+          if (q & bit)
+            r[i] = got;
+          else
+            r[i + bit] = got;
+        }
+      }
       if (token >= 0) *reinterpret_cast<uint4*>(out + 32 * block + 8 * q) = make_uint4(r[0], r[1], r[2], r[3]);
     }
     nan[half] = __ballot_sync(~0u, token >= 0 && kept_nan<T>(kept) && (Config::kMaskProduct || !isnan(inverse[half])));
