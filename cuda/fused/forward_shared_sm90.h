@@ -56,6 +56,13 @@ struct ItemInfo {
   int32_t num_tiles;  // of keys; < 0: no more items
 };
 
+// Where the producer finds the key tiles of a query tile: they vary fastest along the last axis.
+struct KeyTiles {
+  int32_t begin[kMaxRank];  // of the first one, group coordinates
+  int32_t count[kMaxRank];
+  MapCoords at;  // of the first one
+};
+
 // One query of a tile.
 struct RowInfo {
   Interval keys[kMaxRank];  // its window
@@ -68,7 +75,9 @@ template <int kRings, int kConsumers, int kRows, int kRowSlots, int kStages, int
 struct ProducerStorage {
   alignas(16) RowInfo row[kRings][kRowSlots][kRows];
   alignas(16) TileInfo tile[kRings][kStages];
-  alignas(16) WindowRange range[kRings][kMaxRank][kConsumers];
+  alignas(16) WindowRange range[kRings][kQStages][kMaxRank][kConsumers];
+  KeyTiles keys[kRings][kQStages];
+  Shard shard[kRings][kMaxRank];
   uint32_t row_offset[kRows];  // of a row from `first`, eight bits an axis, or kNoRow: not a row of the box
   ItemInfo item[kRings][kQStages];
   alignas(8) uint64_t q_full[kRings][kQStages], q_empty[kRings][kQStages];
