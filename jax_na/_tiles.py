@@ -2,9 +2,9 @@
 
 Dilation splits every axis into groups that do not see each other, so all geometry is in group coordinates (token ``x`` of
 group ``x % dilation`` has coordinate ``x // dilation``). A *tile* is a box of ``tile`` query coordinates, a *box* the
-union of its windows: ``box`` keys per axis, the same for every tile. One *step* of the loop handles one tile of ``chunk``
-= (dilation groups, batch entries, key/value heads). Tiles and boxes are read from and written to arrays in their own
-heads-last layout: there is no copy of a whole tensor unless an axis has to be padded to whole tiles or dilation groups.
+union of its windows: ``box`` keys per axis, the same for every tile. A tile is that of ``chunk`` = (dilation groups, batch
+entries, key/value heads); one *step* of the loop handles a few tiles. Tiles and boxes are read from and written to arrays in
+their own heads-last layout: there is no copy of a whole tensor unless an axis has to be padded to whole tiles or dilation groups.
 
 Whether a query sees a key of its box is, per axis, one interval: the mask is the AND of ``rank`` comparisons.
 
@@ -58,7 +58,7 @@ class Plan:
     bias_batch: int
     kv_heads: int
     members: int  # query heads per key/value head
-    chunk: tuple[int, int, int]  # dilation groups, batch entries and key/value heads of one step; each divides its total
+    chunk: tuple[int, int, int]  # dilation groups, batch entries and key/value heads of a tile; each divides its total
 
     @property
     def rank(self) -> int:
@@ -77,8 +77,13 @@ class Plan:
         return tuple(axis.box for axis in self.axes)
 
     @property
+    def rows(self) -> tuple[int, ...]:
+        """Shape of the queries of a tile that share their keys; one of length 1 is left out."""
+        return (*[self.members][: self.members > 1], math.prod(self.tile))
+
+    @property
     def scores(self) -> int:
-        """Scores of one step."""
+        """Scores of one tile."""
         return math.prod(self.chunk) * self.members * math.prod(self.tile) * math.prod(self.box)
 
     @property
@@ -88,7 +93,7 @@ class Plan:
 
     @property
     def step_groups(self) -> tuple[int, ...]:
-        """Dilation groups of one step, per axis: all groups of the last axes and a part of those of one more."""
+        """Dilation groups of a tile, per axis: all groups of the last axes and a part of those of one more."""
         left, result = self.chunk[0], []
         for axis in reversed(self.axes):
             result.append(math.gcd(left, axis.dilation))
@@ -96,8 +101,8 @@ class Plan:
         return tuple(reversed(result))
 
     @property
-    def steps(self) -> np.ndarray:
-        """int32 ``[steps, 3 + 2 * rank]``, the ``coords`` of every step.
+    def tiles(self) -> np.ndarray:
+        """int32 ``[tiles, 3 + 2 * rank]``, the ``coords`` of every tile.
 
         Which part of the dilation groups; first batch entry, first key/value head; the tile's index on each axis; the first
         dilation group on each axis.
@@ -110,17 +115,20 @@ class Plan:
 # --- choosing the tile -----------------------------------------------------------------------------------------------
 
 # Cost of a step in nanoseconds, fitted to two cores of an x86-64 server; only ratios matter, and they matter little.
-_STEP_NS = 10_000.0  # starting the two dozen operations of a step
+_STEP_NS = 10_000.0  # starting the two dozen operations of a step of one tile
 _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
 _COPY_NS = 0.25  # moving one element of a key or value box
-# PERF: on a CPU jax 0.10 runs every product of this size on one thread, later versions split it over heads and lose less on few
-# rows: so there steps of one head and larger tiles, here of all heads and smaller tiles (13x13 windows on two cores, forward and
-# backward: each takes 14 to 28 % longer with the other's). A body has as many steps as fit in the caches together.
+# PERF: on a CPU jax 0.10 runs every product of this size on one thread, later versions split it over tiles and heads and lose less
+# on few rows: so there steps of one tile and one head, here of all heads and several smaller tiles (13x13 windows on two cores,
+# forward and backward: each takes longer with the other's). A body has as many tiles as fit in the caches together.
 _STEPS_SHARE_CORES = jax.__version_info__ < (0, 11)
 _LOST_ROWS = 12 if _STEPS_SHARE_CORES else 2  # a product of so many more rows would take that time at full speed
-_CHUNK_SCORES = 1 << (15 if _STEPS_SHARE_CORES else 17)  # scores of one step
-_MAX_UNROLL = 8  # steps in one body of the loop
+_CHUNK_SCORES = 1 << (15 if _STEPS_SHARE_CORES else 17)  # scores of one tile
+_MAX_BODY = 8 if _STEPS_SHARE_CORES else 16  # tiles in one body of the loop
+_BODY_STEPS = (
+    _MAX_BODY if _STEPS_SHARE_CORES else 2
+)  # the second has work while the first waits for what one thread computes
 _BODY_SCORES = 1 << 19  # scores of one body
 
 
@@ -283,8 +291,9 @@ def axis_geometry(plan: Plan, axis: int, halo: Array, sharded: bool) -> AxisGeom
 class Tiles:
     """A plan with its positions: moves arrays between their own layout and tiles or boxes.
 
-    Shapes of one step: a tile ``[g, b, h, members, queries, C]``, a box ``[g, b, h, keys, C]``; g, b, h as in
-    ``plan.chunk``.
+    Shapes of one step, whose ``coords`` are some rows of ``plan.tiles``: tiles ``[n, members * queries, C]``, boxes
+    ``[n, keys, C]``, pairs of them ``[n, *rows, keys]`` or ``[n, keys, *rows]``; n counts tiles, dilation groups, batch entries
+    and heads (in this order, the last three as in ``plan.chunk``), ``rows`` is ``plan.rows``.
     """
 
     plan: Plan
@@ -332,40 +341,48 @@ class Tiles:
         return x.reshape(*lead, *x.shape[1:])
 
     def tile(self, x: Array, coords: Array) -> Array:
-        """The step's tile of a split array: ``[g, b, h, members, queries, C]``."""
-        return self._read(x, self._tile_rows(coords), self.plan.tile, self.plan.members, coords)
+        """The step's tiles of a split array."""
+        return self._read(x, self._tile_rows, self.plan.tile, self.plan.members, coords)
 
     def box(self, x: Array, coords: Array) -> Array:
-        """The step's box of a split array: ``[g, b, h, keys, C]``."""
-        return self._read(x, self._box_rows(coords), self.plan.box, 1, coords)[:, :, :, 0]
+        """The step's boxes of a split array."""
+        return self._read(x, self._box_rows, self.plan.box, 1, coords)
 
-    def _read(self, x: Array, rows: list[Array], shape: Sequence[int], members: int, coords: Array) -> Array:
-        """A region of a split array: ``[g, b, h, members, positions, C]``."""
-        plan, rank = self.plan, self.plan.rank
-        index, sizes, full = self._region(rows, shape, members, x.shape[-1], coords)
-        region = _slice(x, index, sizes).reshape(full)
+    def _read(self, x: Array, rows: Any, shape: Sequence[int], members: int, coords: Array) -> Array:
+        rank = self.plan.rank
         positions, groups = range(1, 1 + 2 * rank, 2), range(2, 2 + 2 * rank, 2)
-        region = region.transpose(*groups, 0, 1 + 2 * rank, 2 + 2 * rank, *positions, 3 + 2 * rank)
-        return region.reshape(*plan.chunk, members, math.prod(shape), x.shape[-1])
+
+        def read(coords: Array) -> Array:
+            index, sizes, full = self._region(rows(coords), shape, members, x.shape[-1], coords)
+            region = _slice(x, index, sizes).reshape(full)
+            return region.transpose(*groups, 0, 1 + 2 * rank, 2 + 2 * rank, *positions, 3 + 2 * rank)
+
+        return each_tile(read, coords).reshape(-1, members * math.prod(shape), x.shape[-1])
 
     def rows(self, x: Array, fill: float = 0.0) -> Array:
-        """Tiles of one number per query and head, ``[*B, *Sq, H]``: ``[steps, g, b, h, 1, members, queries]``.
+        """Tiles of one number per query and head, ``[*B, *Sq, H]``: ``[tiles, n of one tile, 1, *rows]``.
 
         PERF: for all steps at once. Read in a step, such strided numbers end up inside its loop over the scores.
         """
-        split = self.queries(x[..., None], fill)
-        return jax.vmap(lambda coords: self.tile(split, coords)[..., None, :, :, 0])(jnp.asarray(self.plan.steps))
+        tiles = self.plan.tiles
+        split = self.tile(self.queries(x[..., None], fill), jnp.asarray(tiles))
+        return split.reshape(len(tiles), -1, 1, *self.plan.rows)
 
-    def put_tile(self, x: Array, coords: Array, tile: Array) -> Array:
-        """Write the step's tile."""
+    def put_tile(self, x: Array, coords: Array, tiles: Array) -> Array:
+        """Write the step's tiles."""
         plan = self.plan
-        index, sizes, _ = self._region(self._tile_rows(coords), plan.tile, plan.members, x.shape[-1], coords)
-        return _update(x, self._to_region(tile, plan.tile).reshape(sizes), index)
+        for c, tile in zip(coords, tiles.reshape(len(coords), -1), strict=True):
+            index, sizes, _ = self._region(self._tile_rows(c), plan.tile, plan.members, x.shape[-1], c)
+            x = _update(x, self._to_region(tile, plan.tile, x.shape[-1]).reshape(sizes), index)
+        return x
 
-    def add_box(self, x: Array, coords: Array, box: Array) -> Array:
-        """Add ``[g, b, h, keys, C]`` to the step's box of a split array."""
-        index, sizes, _ = self._region(self._box_rows(coords), self.plan.box, 1, x.shape[-1], coords)
-        return _update(x, _slice(x, index, sizes) + self._to_region(box, self.plan.box).reshape(sizes), index)
+    def add_box(self, x: Array, coords: Array, boxes: Array) -> Array:
+        """Add to the step's boxes of a split array."""
+        plan = self.plan
+        for c, box in zip(coords, boxes.reshape(len(coords), -1), strict=True):
+            index, sizes, _ = self._region(self._box_rows(c), plan.box, 1, x.shape[-1], c)
+            x = _update(x, _slice(x, index, sizes) + self._to_region(box, plan.box, x.shape[-1]).reshape(sizes), index)
+        return x
 
     def _shape(self, rows: Sequence[int], members: int, channels: int) -> tuple[int, ...]:
         plan = self.plan
@@ -381,7 +398,7 @@ class Tiles:
     def _region(
         self, rows: list[Array], shape: Sequence[int], members: int, channels: int, coords: Array
     ) -> tuple[list[Array | int], list[int], list[int]]:
-        """Index and sizes of the step's region of a split array; sizes with the dimensions that were left out."""
+        """Index and sizes of a tile's region of a split array; sizes with the dimensions that were left out."""
         plan = self.plan
         index: list[Array | int] = [coords[1]]
         sizes, full = [plan.chunk[1]], [plan.chunk[1]]
@@ -394,28 +411,44 @@ class Tiles:
         sizes += [plan.chunk[2], *[members][: members > 1], channels]
         return index, sizes, [*full, plan.chunk[2], members, channels]
 
-    def _to_region(self, x: Array, shape: Sequence[int]) -> Array:
-        """Undoes the transposition of :meth:`tile`: from ``[g, b, h, (members,) positions, C]``."""
+    def _to_region(self, x: Array, shape: Sequence[int], channels: int) -> Array:
+        """Undoes the transposition of :meth:`_read`."""
         rank, plan = self.plan.rank, self.plan
-        x = x.reshape(*plan.step_groups, plan.chunk[1], plan.chunk[2], -1, *shape, x.shape[-1])
+        x = x.reshape(*plan.step_groups, plan.chunk[1], plan.chunk[2], -1, *shape, channels)
         spatial = (n for i in range(rank) for n in (rank + 3 + i, i))
         return x.transpose(rank, *spatial, rank + 1, rank + 2, x.ndim - 1)
 
     # --- pairs of a query and a key
 
     def mask(self, coords: Array, transposed: bool = False) -> Array:
-        """Which keys of the box each query sees: ``[g, 1, 1, 1, queries, keys]``, or ``[g, 1, 1, keys, 1, queries]``."""
-        queries, keys = np.indices(self.plan.tile), np.indices(self.plan.box, np.int32)
-        result: Any = None
-        # PERF: flat [queries, keys] comparisons become vector code; a product of masks per axis costs ten times as much.
-        for i, geometry in enumerate(self.axes):
-            begin, end = (_row(e, coords[0], coords[3 + i])[:, queries[i].ravel()] for e in (geometry.begin, geometry.end))
-            key = keys[i].ravel()[None, :, None] if transposed else keys[i].ravel()
-            begin, count = (x[:, None] if transposed else x[..., None] for x in (begin, jnp.maximum(end - begin, 0)))
-            # One comparison: what lies before the first key wraps around to a large number.
-            seen = (key - begin).astype(jnp.uint32) < count.astype(jnp.uint32)
-            result = seen if result is None else result & seen
-        return result[:, None, None, :, None] if transposed else result[:, None, None, None]
+        """Which keys of its box each query sees."""
+        queries, keys, one = np.indices(self.plan.tile), np.indices(self.plan.box, np.int32), len(coords) == 1
+
+        def bounds(table: Array, i: int, coords: Array) -> Array:
+            # PERF: a row of all queries at once; were they picked afterwards, those of several tiles would lie far apart. For one
+            # tile they are picked afterwards: as small operations of their own, of which jax 0.10 needs many (see `loop`).
+            select = (..., queries[i].ravel())
+            return _row(table, coords[0], coords[3 + i])[select] if one else _row(table[select], coords[0], coords[3 + i])
+
+        def mask(coords: Array) -> Array:
+            result: Any = None
+            # PERF: flat [queries, keys] comparisons become vector code; a product of masks per axis costs ten times as much.
+            for i, geometry in enumerate(self.axes):
+                begin, end = (bounds(x, i, coords) for x in (geometry.begin, geometry.end))
+                key = keys[i].ravel()[:, None] if transposed else keys[i].ravel()
+                begin, count = (x[:, None] if transposed else x[..., None] for x in (begin, jnp.maximum(end - begin, 0)))
+                # One comparison: what lies before the first key wraps around to a large number.
+                seen = (key - begin).astype(jnp.uint32) < count.astype(jnp.uint32)
+                result = seen if result is None else result & seen
+            return result[:, None, None, :, None] if transposed else result[:, None, None, None]
+
+        return self._pairs(each_tile(mask, coords), transposed)
+
+    def _pairs(self, x: Array, transposed: bool) -> Array:
+        """From ``[t, g, b, h, members, queries, keys]`` or ``[t, g, b, h, keys, members, queries]``; lengths may be 1."""
+        # PERF: in the shape that products give: only so does XLA compute an exponential in the place of its score.
+        inner = x.shape[4:] if self.plan.members > 1 else (*x.shape[4 : 4 + transposed], *x.shape[5 + transposed :])
+        return jnp.broadcast_to(x, (len(x), *self.plan.chunk, *x.shape[4:])).reshape(-1, *inner)
 
     # --- relative bias
 
@@ -430,8 +463,13 @@ class Tiles:
         inner = (slice(a.box + a.tile - 1, 1 - a.box - a.tile or None) for a in self.plan.axes)
         return bias[(..., *inner)].reshape(shape)
 
-    def bias(self, bias: Array, coords: Array) -> Array:
-        """Bias of the step's pairs: ``[1, 1, h, members, queries, keys]``, entry key - query + window - 1 per axis."""
+    def bias(self, bias: Array, coords: Array, transposed: bool = False) -> Array:
+        """Bias of the step's pairs: entry key - query + window - 1 per axis."""
+        pairs = (self._bias(bias, c) for c in coords)
+        return self._pairs(jnp.stack([jnp.moveaxis(x, -1, 3) if transposed else x for x in pairs]), transposed)
+
+    def _bias(self, bias: Array, coords: Array) -> Array:
+        """``[1, 1, h, members, queries, keys]``."""
         plan, rank = self.plan, self.plan.rank
         batch = coords[1] * plan.bias_batch // plan.batch
         index, sizes = [batch, coords[2], 0], [1, plan.chunk[2], plan.members]
@@ -446,6 +484,11 @@ class Tiles:
             x = _toeplitz(jnp.moveaxis(x, 3, -1), a.tile)
         pairs = x.transpose(0, 1, 2, *range(3, 3 + 2 * rank, 2), *range(4, 4 + 2 * rank, 2))
         return pairs.reshape(1, *pairs.shape[:3], math.prod(plan.tile), math.prod(plan.box))
+
+
+def each_tile(function: Callable[[Array], Array], coords: Array) -> Array:
+    """``function`` of every tile's ``coords``, stacked."""
+    return function(coords[0])[None] if len(coords) == 1 else jax.vmap(function)(coords)
 
 
 def _row(table: Array, *index: Array) -> Array:
@@ -500,10 +543,13 @@ def make_tiles(spec: Spec, inputs: Inputs, halo: Array) -> Tiles:
 
 
 def loop(tiles: Tiles, step: Callable[..., Any], carry: Any, *each: Any) -> Any:
-    """``carry = step(carry, coords, *entries)`` over all steps; arrays of ``each`` have an entry for every step."""
-    steps = tiles.plan.steps
-    # PERF: independent operations of a loop's body run beside each other on a CPU: several steps in one keep its cores busy. XLA
-    # gives another thread a share only where more than eight operations are ready, and runs one loop after the other.
-    most = max(1, min(_MAX_UNROLL, _BODY_SCORES // tiles.plan.scores)) if len(steps) >= 32 else 1
-    unroll = max(d for d in range(1, most + 1) if len(steps) % d == 0)
-    return lax.scan(lambda carry, xs: (step(carry, *xs), None), carry, (jnp.asarray(steps), *each), unroll=unroll)[0]
+    """``carry = step(carry, coords, *entries)`` over all steps; arrays of ``each`` have an entry for every tile."""
+    coords = tiles.plan.tiles
+    # PERF: independent operations of a loop's body run beside each other on a CPU: several tiles in one keep its cores busy. XLA
+    # runs one loop after the other. In jax 0.10 it gives another thread a share only where more than eight operations are ready;
+    # operations on several tiles are fewer, and none of them waits for the buffer of another tile's.
+    most = max(1, min(_MAX_BODY, _BODY_SCORES // tiles.plan.scores)) if len(coords) >= 32 else 1
+    body = max(d for d in range(1, most + 1) if len(coords) % d == 0)
+    steps = max(d for d in range(1, _BODY_STEPS + 1) if body % d == 0)
+    entries = jax.tree.map(lambda x: x.reshape(-1, body // steps, *x.shape[1:]), (jnp.asarray(coords), *each))
+    return lax.scan(lambda carry, xs: (step(carry, *xs), None), carry, entries, unroll=steps)[0]

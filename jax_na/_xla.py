@@ -1,7 +1,7 @@
 """The XLA implementation: runs on every platform JAX has. Blocked over query tiles, softmax in float32.
 
-Each step of a loop takes one tile of queries and the box of keys that holds their windows (``_tiles.py``) through two dense
-products; the backward pass recomputes the probabilities from lse. Nothing of size ``tokens x tokens`` or
+Each step of a loop takes a few tiles of queries, each with the box of keys that holds its windows (``_tiles.py``), through two
+dense products; the backward pass recomputes the probabilities from lse. Nothing of size ``tokens x tokens`` or
 ``tokens x window`` exists. Plain ``jax.numpy`` and ``jax.lax``, so it is differentiable again: second derivatives go
 through :func:`backward` and :func:`tangent`.
 
@@ -20,16 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_na._spec import Inputs, Spec, accumulation_dtype
-from jax_na._tiles import Tiles, int32, loop, make_tiles
+from jax_na._tiles import Tiles, each_tile, int32, loop, make_tiles
 
 Array = Any
 State = dict[str, Array]
-
-# Shapes in the steps: g, b, h dilation groups, batch entries and key/value heads of the step; r query heads per key/value
-# head; t queries of the tile; k keys of the box; m additional keys.
-_EXTRA_SCORES = "gbhrtd,bhmd->gbhrtm"
-_EXTRA_VALUES = "gbhrtm,bhmd->gbhrtd"
-_EXTRA_SUMS = "gbhrtm,gbhrtd->bhmd"
 
 
 def _clean(x: Array) -> Array:
@@ -61,33 +55,27 @@ class _Call:
         extras: tuple[Any, Any] = (inputs.extra_key, inputs.extra_value)
         return [x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2) if self.has_extra else None for x in extras]
 
-    def dot(self, subscripts: str, a: Array, b: Array) -> Array:
-        return jnp.einsum(subscripts, a, b, precision=self.spec.precision, preferred_element_type=self.acc)
-
     def product(self, a: Array, b: Array, contract: tuple[int, int] = (-1, -2)) -> Array:
-        """Matrix products ``[g, b, h, ., .]`` over one of the last two axes of each operand."""
+        """Matrix products ``[n, ., .]`` over one of the last two axes of each operand."""
         # PERF: with one batch axis and two others XLA passes them as they are to its CPU library; else it transposes first.
-        lead = a.shape[:-2]
-        a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
         dimensions = (((3 + contract[0],), (3 + contract[1],)), ((0,), (0,)))
-        result = lax.dot_general(a, b, dimensions, precision=self.spec.precision, preferred_element_type=self.acc)
-        return result.reshape(*lead, *result.shape[-2:])
+        return lax.dot_general(a, b, dimensions, precision=self.spec.precision, preferred_element_type=self.acc)
 
     def fold(self, x: Array) -> Array:
-        """``[g, b, h, r, t, C]`` as rows ``[g, b, h, r * t, C]``."""
-        return x.reshape(*x.shape[:3], -1, x.shape[-1])
+        """``[n, *rows, C]`` as ``[n, members * queries, C]``."""
+        return x.reshape(len(x), -1, x.shape[-1])
 
     def unfold(self, x: Array) -> Array:
         """Undoes :meth:`fold`."""
-        return x.reshape(*x.shape[:3], self.tiles.plan.members, -1, x.shape[-1])
+        return x.reshape(len(x), *self.tiles.plan.rows, x.shape[-1])
 
     def fold_t(self, x: Array) -> Array:
-        """``[g, b, h, k, r, t]`` as columns ``[g, b, h, k, r * t]``."""
-        return x.reshape(*x.shape[:4], -1)
+        """``[n, k, *rows]`` as ``[n, k, members * queries]``."""
+        return x.reshape(*x.shape[:2], -1)
 
     def unfold_t(self, x: Array) -> Array:
         """Undoes :meth:`fold_t`."""
-        return x.reshape(*x.shape[:4], self.tiles.plan.members, -1)
+        return x.reshape(*x.shape[:2], *self.tiles.plan.rows)
 
     def tile(self, x: Array, coords: Array) -> Array:
         return self.tiles.tile(x, coords).astype(self.acc)
@@ -102,16 +90,22 @@ class _Call:
         """A box of keys, NaN where ``poison`` has it. PERF: in the step; before the loop it would be a copy of all keys."""
         return self.box(x, coords) + self.box(poison, coords)
 
-    def _extra_region(self, coords: Array) -> list[Array]:
-        return int32((coords[1], coords[2], 0, 0))
-
     def extra_chunk(self, x: Array, coords: Array) -> Array:
-        """The step's batch entries and heads of ``[B, Hkv, M, C]``."""
-        return lax.dynamic_slice(x, self._extra_region(coords), (*self.tiles.plan.chunk[1:], *x.shape[2:])).astype(self.acc)
+        """``[n, M, C]``, what the step needs of ``[B, Hkv, M, C]``."""
+        chunk = self.tiles.plan.chunk
+
+        def read(coords: Array) -> Array:
+            region = lax.dynamic_slice(x, int32((coords[1], coords[2], 0, 0)), (*chunk[1:], *x.shape[2:]))
+            return jnp.broadcast_to(region, (*chunk, *x.shape[2:]))
+
+        return each_tile(read, coords).reshape(-1, *x.shape[2:]).astype(self.acc)
 
     def add_extra(self, x: Array, coords: Array, update: Array) -> Array:
-        index = self._extra_region(coords)
-        return lax.dynamic_update_slice(x, lax.dynamic_slice(x, index, update.shape) + update, index)
+        """Add ``[n, M, C]`` to what the step needs."""
+        for c, part in zip(coords, update.reshape(len(coords), *self.tiles.plan.chunk, *x.shape[2:]).sum(1), strict=True):
+            index = int32((c[1], c[2], 0, 0))
+            x = lax.dynamic_update_slice(x, lax.dynamic_slice(x, index, part.shape) + part, index)
+        return x
 
     def zeros(self, shape: tuple[int, ...], dtype: Any = None) -> Array:
         """Something to accumulate in, that varies over the same manual mesh axes as the operands."""
@@ -145,23 +139,25 @@ def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:
 
     def step(state: State, coords: Array) -> State:
         q = call.tile(queries, coords) * spec.scale
-        scores = call.unfold(call.product(call.fold(q), call.key_box(keys, poison, coords), (-1, -1)))
+        scores = call.unfold(call.product(q, call.key_box(keys, poison, coords), (-1, -1)))
         if call.bias is not None:
             scores = scores + tiles.bias(call.bias, coords)
-        scores = jnp.where(tiles.mask(coords), scores, -jnp.inf)
+        # PERF: without the barrier XLA masks twice, for the maximum and again for the exponential, which then needs a new buffer:
+        # one that the exponential of another tile has to leave first, so that they run one after the other.
+        scores = lax.optimization_barrier(jnp.where(tiles.mask(coords), scores, -jnp.inf))
         row_max = jnp.max(scores, -1, keepdims=True)
         if call.has_extra:
-            extra_scores = call.dot(_EXTRA_SCORES, q, call.extra_chunk(call.extra_key, coords))
+            extra_scores = call.unfold(call.product(q, call.extra_chunk(call.extra_key, coords), (-1, -1)))
             row_max = jnp.maximum(row_max, jnp.max(extra_scores, -1, keepdims=True))
         row_max = lax.stop_gradient(jnp.where(jnp.isfinite(row_max), row_max, 0))
         weights = jnp.exp(scores - row_max)
         row_sum = jnp.sum(weights, -1, keepdims=True)
-        out = call.unfold(call.product(call.fold(weights), call.clean_box(values, coords)))
+        out = call.product(call.fold(weights), call.clean_box(values, coords))
         if call.has_extra:
             weights = jnp.exp(extra_scores - row_max)
             row_sum = row_sum + jnp.sum(weights, -1, keepdims=True)
-            out = out + call.dot(_EXTRA_VALUES, weights, call.extra_chunk(call.extra_value, coords))
-        out = (out / jnp.where(row_sum == 0, 1, row_sum)).astype(query.dtype)
+            out = out + call.product(call.fold(weights), call.extra_chunk(call.extra_value, coords))
+        out = (call.unfold(out) / jnp.where(row_sum == 0, 1, row_sum)).astype(query.dtype)
         return {
             "out": tiles.put_tile(state["out"], coords, out),
             "lse": tiles.put_tile(state["lse"], coords, row_max + jnp.log(row_sum)),
@@ -221,33 +217,34 @@ def backward(
         state |= {"extra_key": call.zeros(call.extra_key.shape), "extra_value": call.zeros(call.extra_value.shape)}
 
     def step(state: State, coords: Array, rows: tuple[Array, Array]) -> State:
-        state, (row_lse, row_delta) = dict(state), rows
-        lse, delta = (x[:, :, :, 0, ..., None] for x in rows)  # of additional keys
-        q, d_out = call.tile(queries, coords) * spec.scale, _clean(call.tile(grads, coords))
+        state, (row_lse, row_delta) = dict(state), (x.reshape(-1, *x.shape[2:]) for x in rows)
+        # PERF: behind the barrier q is read once, not again for the product that needs it clean.
+        q = lax.optimization_barrier(call.tile(queries, coords) * spec.scale)
+        d_out = _clean(call.tile(grads, coords))
         k = call.clean_box(keys, coords)  # PERF: one box for both of its products; the poison goes to the scores
         # PERF: of the products only one contracts its first axes if scores are laid out [keys, queries].
-        scores = call.unfold_t(call.product(k, call.fold(q), (-1, -1))) + call.box(poison, coords)[..., None]
+        scores = call.unfold_t(call.product(k, q, (-1, -1)) + call.box(poison, coords))
         if call.bias is not None:
-            pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords), call.bias)
-            scores = scores + jnp.moveaxis(pairs, -1, 3)
+            pairs, bias_vjp = jax.vjp(lambda bias: tiles.bias(bias, coords, transposed=True), call.bias)
+            scores = scores + pairs
         weights = jnp.exp(jnp.where(tiles.mask(coords, transposed=True), scores - row_lse, -jnp.inf))
-        d_weights = call.unfold_t(call.product(call.clean_box(values, coords), call.fold(d_out), (-1, -1)))
+        d_weights = call.unfold_t(call.product(call.clean_box(values, coords), d_out, (-1, -1)))
         # Outside the mask d_weights is anything: it may overflow.
         d_scores = jnp.where(weights == 0, 0, weights * (d_weights - row_delta))
-        d_query = call.unfold(call.product(call.fold_t(d_scores), k, (-2, -2)))
-        d_key = call.product(call.fold_t(d_scores), _clean(call.fold(q)))
-        state["key"] = tiles.add_box(state["key"], coords, d_key)
-        state["value"] = tiles.add_box(state["value"], coords, call.product(call.fold_t(weights), call.fold(d_out)))
+        d_query = call.product(call.fold_t(d_scores), k, (-2, -2))
+        state["key"] = tiles.add_box(state["key"], coords, call.product(call.fold_t(d_scores), _clean(q)))
+        state["value"] = tiles.add_box(state["value"], coords, call.product(call.fold_t(weights), d_out))
         if call.bias is not None:
-            d_pairs = jnp.moveaxis(jnp.sum(d_scores, (0, 1), keepdims=True), 3, -1)
-            state["bias"] = state["bias"] + bias_vjp(d_pairs)[0]
+            state["bias"] = state["bias"] + bias_vjp(d_scores)[0]
         if call.has_extra:
+            lse, delta = (x.reshape(*d_query.shape[:2], 1) for x in (row_lse, row_delta))
             k, v = (call.extra_chunk(x, coords) for x in (call.extra_key, call.extra_value))
-            weights = jnp.exp(call.dot(_EXTRA_SCORES, q, k) - lse)
-            d_scores = weights * (call.dot(_EXTRA_SCORES, d_out, v) - delta)
-            d_query = d_query + call.dot(_EXTRA_VALUES, d_scores, k)
-            state["extra_key"] = call.add_extra(state["extra_key"], coords, call.dot(_EXTRA_SUMS, d_scores, q))
-            state["extra_value"] = call.add_extra(state["extra_value"], coords, call.dot(_EXTRA_SUMS, weights, d_out))
+            weights = jnp.exp(call.product(q, k, (-1, -1)) - lse)
+            d_scores = weights * (call.product(d_out, v, (-1, -1)) - delta)
+            d_query = d_query + call.product(d_scores, k)
+            d_key, d_value = call.product(d_scores, q, (-2, -2)), call.product(weights, d_out, (-2, -2))
+            state["extra_key"] = call.add_extra(state["extra_key"], coords, d_key)
+            state["extra_value"] = call.add_extra(state["extra_value"], coords, d_value)
         state["query"] = tiles.put_tile(state["query"], coords, (d_query * spec.scale).astype(query.dtype))
         return state
 
@@ -289,8 +286,8 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
     extra = [call.extra_key, call.extra_value, *call.extra(tangents)]
 
     def step(state: State, coords: Array) -> State:
-        q, t_q = (call.fold(call.tile(x, coords) * spec.scale) for x in (queries, t_queries))
-        lse = call.tile(lses, coords)
+        q, t_q = (call.tile(x, coords) * spec.scale for x in (queries, t_queries))
+        lse = call.unfold(call.tile(lses, coords))
         k, t_k = call.key_box(keys, poison, coords), call.key_box(t_keys, t_poison, coords)
         scores = call.unfold(call.product(q, k, (-1, -1)))
         t_scores = call.unfold(call.product(t_q, k, (-1, -1)) + call.product(q, t_k, (-1, -1)))
@@ -301,15 +298,14 @@ def tangent(spec: Spec, tangents: Inputs, inputs: Inputs, out: Array, lse: Array
         t_weights = jnp.where(mask, weights * t_scores, 0)
         t_lse = jnp.sum(t_weights, -1, keepdims=True)
         v, t_v = call.clean_box(values, coords), call.clean_box(t_values, coords)
-        t_out = call.unfold(call.product(call.fold(t_weights), v) + call.product(call.fold(weights), t_v))
+        t_out = call.product(call.fold(t_weights), v) + call.product(call.fold(weights), t_v)
         if call.has_extra:
             k, v, t_k, t_v = (call.extra_chunk(x, coords) for x in extra)
-            q, t_q = call.unfold(q), call.unfold(t_q)
-            weights = jnp.exp(call.dot(_EXTRA_SCORES, q, k) - lse)
-            t_weights = weights * (call.dot(_EXTRA_SCORES, t_q, k) + call.dot(_EXTRA_SCORES, q, t_k))
-            t_lse = t_lse + jnp.sum(t_weights, -1, keepdims=True)
-            t_out = t_out + call.dot(_EXTRA_VALUES, t_weights, v) + call.dot(_EXTRA_VALUES, weights, t_v)
-        t_out = (t_out - t_lse * call.tile(outs, coords)).astype(query.dtype)
+            weights = jnp.exp(call.product(q, k, (-1, -1)) - call.fold(lse))
+            t_weights = weights * (call.product(t_q, k, (-1, -1)) + call.product(q, t_k, (-1, -1)))
+            t_lse = t_lse + call.unfold(jnp.sum(t_weights, -1, keepdims=True))
+            t_out = t_out + call.product(t_weights, v) + call.product(weights, t_v)
+        t_out = (t_out - call.fold(t_lse) * call.tile(outs, coords)).astype(query.dtype)
         return {"out": tiles.put_tile(state["out"], coords, t_out), "lse": tiles.put_tile(state["lse"], coords, t_lse)}
 
     state = {"out": call.zeros(outs.shape, query.dtype), "lse": call.zeros(lses.shape)}
