@@ -126,9 +126,8 @@ _STEPS_SHARE_CORES = jax.__version_info__ < (0, 11)
 _LOST_ROWS = 12 if _STEPS_SHARE_CORES else 2  # a product of so many more rows would take that time at full speed
 _CHUNK_SCORES = 1 << (15 if _STEPS_SHARE_CORES else 17)  # scores of one tile
 _MAX_BODY = 8 if _STEPS_SHARE_CORES else 16  # tiles in one body of the loop
-_BODY_STEPS = (
-    _MAX_BODY if _STEPS_SHARE_CORES else 2
-)  # the second has work while the first waits for what one thread computes
+# The steps of a body: one has work while another waits for what a single thread computes.
+_BODY_STEPS = _MAX_BODY if _STEPS_SHARE_CORES else 2
 _BODY_SCORES = 1 << 19  # scores of one body
 
 
