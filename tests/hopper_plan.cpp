@@ -85,15 +85,74 @@ std::string check_small(const Problem& problem, const ForwardPlan& plan, int32_t
   return int32_t(keys.size()) == warp_keys ? "" : "a key with two columns";
 }
 
+// The key tiles of every query tile hold the keys of its windows, and the plan counts those that its consumers visit.
+std::string check_key_tiles(const Problem& problem, const ForwardPlan& plan) {
+  constexpr int32_t kMost = 3;  // consumers
+  struct QueryTile {
+    int32_t visits[kTileShapes][kMost] = {};  // of key tiles along the axis
+  };
+  std::vector<QueryTile> axes[kMaxRank];
+  int32_t volume[kTileShapes] = {1, 1};
+  for (int a = 0; a < kMaxRank; ++a) {
+    const Axis& axis = problem.axis[a];
+    const int32_t unit = plan.unit[a], extent = unit * plan.grid[a], box[kTileShapes] = {plan.kv_box[a], plan.edge_box[a]};
+    for (int shape = 0; shape < kTileShapes; ++shape) volume[shape] *= box[shape];
+    for (int32_t g = 0; g < axis.dilation; ++g) {
+      const int32_t length = group_length(axis.kv_len, axis.dilation, g);
+      for (int32_t first = 0; first < length; first += extent) {
+        const int32_t last = std::min(first + extent, length) - 1;
+        const int32_t begin = keys_of_query(axis, length, first).begin,
+                      keys = keys_of_query(axis, length, last).end - begin;
+        const AxisTiles tiles = axis_tiles(keys, box[0], box[1], a == plan.edge_axis);
+        const bool has_edge = tiles.count[1] > 0;
+        const int32_t edge_begin = a == plan.edge_axis ? tiles.count[0] * box[0] : 0;
+        if (a == plan.edge_axis) {
+          if (tiles.count[0] * box[0] + tiles.count[1] * box[1] < keys) return "keys in no tile of the edge axis";
+          if (has_edge && tiles.count[0] * box[0] >= keys) return "an edge without keys";
+        } else if (tiles.count[0] * box[0] < keys || (plan.edge_axis >= 0 && tiles.count[1] * box[1] < keys)) {
+          return "keys in no tile";
+        }
+        QueryTile tile;
+        for (int32_t w = 0; w < kMost; ++w) {
+          const int32_t w_first = first + (plan.grid[a] > 1 ? w * unit : 0);
+          if (w_first > last) continue;
+          const int32_t low = keys_of_query(axis, length, w_first).begin - begin;
+          const int32_t high = keys_of_query(axis, length, std::min(w_first + unit, length) - 1).end - begin;
+          for (int shape = 0; shape < kTileShapes; ++shape) {
+            for (int32_t i = 0; i < tiles.count[shape]; ++i) {
+              const int32_t from = (shape == 1 ? edge_begin : 0) + i * box[shape];
+              tile.visits[shape][w] += from < high && from + box[shape] > low;
+            }
+          }
+        }
+        axes[a].push_back(tile);
+      }
+    }
+  }
+  const KernelShape& kernel = kForwardKernels[plan.kernel];
+  if (std::max(volume[0], volume[1]) > kernel.num_columns) return "a key tile is too large";
+  double visits = 0;
+  for (const QueryTile& x : axes[0])
+    for (const QueryTile& y : axes[1])
+      for (const QueryTile& z : axes[2])
+        for (int shape = 0; shape < kTileShapes; ++shape)
+          for (int32_t w = 0; w < kernel.num_consumers && w < plan.grid[0] * plan.grid[1] * plan.grid[2]; ++w)
+            visits += double(x.visits[shape][w]) * y.visits[shape][w] * z.visits[shape][w];
+  const double planned = plan.visited * double(problem.q_tokens()) * problem.window_volume() /
+                         (kernel.rows_per_consumer() * kernel.num_columns);
+  if (std::abs(visits - planned) > 1e-6 * visits)
+    return "visits " + std::to_string(visits) + " key tiles, planned " + std::to_string(planned);
+  return "";
+}
+
 std::string check(const Problem& problem) {
   if (const char* reason = why_not_forward(problem)) return reason;
   const ForwardPlan plan = plan_forward(problem);
   if (plan.kernel < 0) return "no plan";
   const KernelShape& kernel = kForwardKernels[plan.kernel];
-  int32_t rows = 1, keys = 1, consumers = 1, warp_keys = 1;
+  int32_t rows = 1, consumers = 1, warp_keys = 1;
   for (int a = 0; a < kMaxRank; ++a) {
     rows *= plan.unit[a];
-    keys *= plan.kv_box[a];
     consumers *= plan.grid[a];
     warp_keys *= plan.warp_keys[a];
     const Axis& axis = problem.axis[a];
@@ -104,9 +163,8 @@ std::string check(const Problem& problem) {
   }
   if (kernel.dim != problem.dim || rows > kernel.rows_per_consumer()) return "a box is too large";
   if (kernel.sharing == Sharing::kWarps) return check_small(problem, plan, consumers, warp_keys);
-  if (keys > kernel.num_columns) return "a key tile is too large";
   if (consumers != (kernel.sharing == Sharing::kPrivate ? 1 : kernel.num_consumers)) return "wrong number of consumers";
-  return "";
+  return check_key_tiles(problem, plan);
 }
 
 float bf16_value(uint32_t bits) {
@@ -225,13 +283,15 @@ Problem whole_problem(const int32_t* axes, int32_t rank, int32_t dim, int32_t he
   return problem;
 }
 
-// plan: units, grids, key boxes.
+// plan: units, grids, key boxes of the first shape and of the second, the edge axis.
 void copy_boxes(const ForwardPlan& found, int32_t* plan) {
   for (int a = 0; a < kMaxRank; ++a) {
     plan[a] = found.unit[a];
     plan[kMaxRank + a] = found.grid[a];
     plan[2 * kMaxRank + a] = found.kv_box[a];
+    plan[3 * kMaxRank + a] = found.edge_box[a];
   }
+  plan[4 * kMaxRank] = found.edge_axis;
 }
 
 }  // namespace
@@ -320,7 +380,7 @@ extern "C" const char* check_backward_plan(const int32_t* axes, int32_t rank, in
   return error.c_str();
 }
 
-// axes: [rank, 6] query and key lengths, windows, strides, dilations, causal, of a shard. plan: units, grids, key boxes.
+// axes: [rank, 6] query and key lengths, windows, strides, dilations, causal, of a shard. plan: copy_boxes.
 // Returns the key tiles that consumers multiply, per head.
 extern "C" double plan_shard(const int32_t* axes, int32_t rank, int32_t dim, int32_t* plan) {
   Problem problem;
@@ -338,13 +398,13 @@ extern "C" double plan_shard(const int32_t* axes, int32_t rank, int32_t dim, int
          (kernel.rows_per_consumer() * kernel.num_columns);
 }
 
-// axes: whole_problem. plan: units, grids, key boxes, columns of a key tile.
+// axes: whole_problem. plan: copy_boxes, then columns of a key tile.
 // Returns the CTAs, on 132 SMs.
 extern "C" int32_t plan_ctas(const int32_t* axes, int32_t rank, int32_t dim, int32_t heads, int32_t* plan) {
   const Problem problem = whole_problem(axes, rank, dim, heads);
   const ForwardPlan found = plan_forward(problem, 132);
   copy_boxes(found, plan);
-  plan[9] = kForwardKernels[found.kernel].num_columns;
+  plan[13] = kForwardKernels[found.kernel].num_columns;
   return found.ctas;
 }
 

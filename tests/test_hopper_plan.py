@@ -9,6 +9,9 @@ import pytest
 
 from jax_na._spatial import halo_widths
 from jax_na._window import window_bounds
+from jax_na.testing.cases import CASES
+
+PLAN = 14  # entries of what `plan_ctas` fills
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,17 @@ def test_plans_of_random_problems(library):
         assert plan_error(library, axes, dim) == "", (axes, dim)
 
 
+def key_tiles(plan, axis, begin, end):
+    """From where to where the key tiles of either shape lie on one axis, of a query tile with these keys."""
+    box, edge_box, edge_axis = int(plan[6 + axis]), int(plan[9 + axis]), int(plan[12])
+    starts = list(range(begin, end, box))
+    if axis == edge_axis and end - starts[-1] <= edge_box:
+        edges = [starts.pop()]
+    else:
+        edges = [] if edge_axis in (-1, axis) else list(range(begin, end, edge_box))
+    return [(a, a + box) for a in starts], [(a, a + edge_box) for a in edges]
+
+
 @pytest.mark.parametrize(
     ("lengths", "windows", "strides", "causal", "dim"),
     [
@@ -92,22 +106,24 @@ def test_the_plan_of_a_shard_counts_what_a_middle_shard_visits(library, lengths,
         for (block, left, right), window, stride in zip(widths, windows, strides, strict=True)
     ]
     flat = [value for axis in axes for value in axis]
-    plan = np.zeros(9, np.int32)
+    plan = np.zeros(PLAN, np.int32)
     pointer = plan.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     counted = library.plan_shard((ctypes.c_int32 * len(flat))(*flat), len(axes), dim, pointer)
-    visits = 1
+    visits = [1, 1]  # of key tiles of either shape
     for axis, (length, window, stride) in enumerate(zip(lengths, windows, strides, strict=True), 3 - len(lengths)):
-        unit, grid, kv_box = (int(plan[i + axis]) for i in (0, 3, 6))
+        unit, grid = (int(plan[i + axis]) for i in (0, 3))
         block = widths[axis - 3][0]
         query = np.arange(block) + (block if block < length else 0)
         begin, end = window_bounds(query, length, window, stride, causal, np)
-        on_axis = 0
+        on_axis = [0, 0]
         for first in range(0, block, unit * grid):
+            union_end = end[min(first + unit * grid, block) - 1]
             for start in range(first, min(first + unit * grid, block), unit):
                 last = min(start + unit, block) - 1
-                on_axis += -(-(end[last] - begin[first]) // kv_box) - (begin[start] - begin[first]) // kv_box
-        visits *= on_axis
-    assert counted == pytest.approx(visits, rel=1e-6)
+                for shape, tiles in enumerate(key_tiles(plan, axis, begin[first], union_end)):
+                    on_axis[shape] += sum(a < end[last] and b > begin[start] for a, b in tiles)
+        visits = [n * more for n, more in zip(visits, on_axis, strict=True)]
+    assert counted == pytest.approx(sum(visits), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +138,25 @@ def test_the_plan_of_a_shard_counts_what_a_middle_shard_visits(library, lengths,
 def test_ctas_end_together(library, lengths, windows, heads, dim, gain):
     """The fullest CTA has little more to do than the average, or no few CTAs less would be better."""
     axes = [value for length, window in zip(lengths, windows, strict=True) for value in (length, window, 1, 1, 0)]
-    plan = np.zeros(10, np.int32)
+    plan = np.zeros(PLAN, np.int32)
     pointer = plan.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     ctas = library.plan_ctas((ctypes.c_int32 * len(axes))(*axes), len(lengths), dim, heads, pointer)
-    visits = np.ones((3, 1))  # of a consumer at a tile
+    visits = np.ones((2, 3, 1))  # of a consumer at a tile, to key tiles of either shape
     for axis, (length, window) in enumerate(zip(lengths, windows, strict=True), 3 - len(lengths)):
-        unit, grid, kv_box = (int(plan[i + axis]) for i in (0, 3, 6))
+        unit, grid = (int(plan[i + axis]) for i in (0, 3))
         begin, end = window_bounds(np.arange(length), length, window, 1, False, np)
         first = np.arange(0, length, unit * grid)
-        on_axis = np.zeros((3, len(first)))
-        for w in range(3):
-            start = first + (w * unit if grid > 1 else 0)
-            last = np.minimum(start + unit, length) - 1
-            seen = -(-(end[last] - begin[first]) // kv_box) - (begin[np.minimum(start, last)] - begin[first]) // kv_box
-            on_axis[w] = np.where((start < length) & (w * unit < unit * grid if grid > 1 else True), seen, 0)
-        visits = (visits[:, :, None] * on_axis[:, None, :]).reshape(3, -1)
-    times = np.tile(visits.max(0) * (plan[9] + 16) + 100, heads)
+        on_axis = np.zeros((2, 3, len(first)))
+        for tile, start in enumerate(first):
+            tiles = key_tiles(plan, axis, begin[start], end[min(start + unit * grid, length) - 1])
+            for w in range(3):
+                mine = start + (w * unit if grid > 1 else 0)
+                if mine >= min(start + unit * grid, length):
+                    continue
+                low, high = begin[mine], end[min(mine + unit, length) - 1]
+                on_axis[:, w, tile] = [sum(a < high and b > low for a, b in boxes) for boxes in tiles]
+        visits = (visits[:, :, :, None] * on_axis[:, :, None, :]).reshape(2, 3, -1)
+    times = np.tile(visits.sum(0).max(0) * (plan[13] + 16) + 100, heads)
 
     def fullest(number):
         return np.bincount(np.arange(times.size) % number, weights=times).max()
@@ -148,6 +167,19 @@ def test_ctas_end_together(library, lengths, windows, heads, dim, gain):
     for number in range(128, 132):
         assert fullest(ctas) <= fullest(number) / 0.99
     assert fullest(ctas) <= (1 - gain) * fullest(132)
+
+
+@pytest.mark.parametrize("name", ["2d-edge-d64", "2d-edge-causal-d128", "3d-edge-d128", "3d-edge-d256"])
+def test_key_tiles_of_two_shapes(library, name):
+    """The cases of this name have them."""
+    case = next(case for case in CASES if case.name == name)
+    spec = case.spec()
+    columns = zip(case.spatial, spec.window, spec.stride, spec.dilation, spec.is_causal, strict=True)
+    axes = [int(x) for column in columns for x in column]
+    plan = np.zeros(PLAN, np.int32)
+    pointer = plan.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    library.plan_ctas((ctypes.c_int32 * len(axes))(*axes), len(case.spatial), case.dim, case.heads, pointer)
+    assert plan[12] >= 0
 
 
 @pytest.mark.parametrize(
@@ -167,7 +199,7 @@ def test_short_tiles_come_last(library, lengths, windows, causal, heads, dim, so
     triples = zip(lengths, windows, causal, strict=True)
     axes = [x for length, window, flag in triples for x in (length, window, 1, 1, int(flag))]
     arguments = (ctypes.c_int32 * len(axes))(*axes), len(lengths), dim, heads
-    plan, pointer = np.zeros(10, np.int32), ctypes.POINTER(ctypes.c_int32)
+    plan, pointer = np.zeros(PLAN, np.int32), ctypes.POINTER(ctypes.c_int32)
     library.plan_ctas(*arguments, plan.ctypes.data_as(pointer))
     extents = (plan[:3] * plan[3:6])[3 - len(lengths) :]
     tiles = [int(-(-length // extent)) for length, extent in zip(lengths, extents, strict=True)]

@@ -16,22 +16,33 @@ constexpr int32_t kMostConsumers = 3;
 
 using Visits = std::array<int32_t, kMostConsumers>;
 
-// The key tiles that each consumer multiplies with on one axis, of every query tile of all dilation groups; 0 without
-// queries.
-std::vector<Visits> visits_of_axis(const Axis& axis, int32_t unit, int32_t grid, int32_t kv_box) {
-  std::vector<Visits> result;
-  const int32_t extent = unit * grid;
+// The key tiles of one shape that each consumer multiplies with on axis a, of every query tile of all dilation groups; 0
+// without queries.
+std::vector<Visits> visits_of_axis(const Problem& problem, const ForwardPlan& plan, int a, int shape) {
+  const Axis& axis = problem.axis[a];
+  const int32_t unit = plan.unit[a], extent = unit * plan.grid[a];
+  const int32_t box = shape == 0 ? plan.kv_box[a] : plan.edge_box[a];
   const int32_t most = (axis.q_len + axis.dilation - 1) / axis.dilation;  // queries of a group
+  std::vector<Visits> result;
   for (int32_t group = 0; group < axis.dilation; ++group) {
     const int32_t length = group_length(axis.kv_len, axis.dilation, group);
     for (int32_t first = 0; first < most; first += extent) {
       Visits visits{};
+      const int32_t last = std::min(first + extent, length) - 1;
+      if (last < first) {
+        result.push_back(visits);
+        continue;
+      }
+      const int32_t begin = keys_of_query(axis, length, first).begin, end = keys_of_query(axis, length, last).end;
+      const AxisTiles tiles = axis_tiles(end - begin, plan.kv_box[a], plan.edge_box[a], a == plan.edge_axis);
+      const int32_t from = begin + (shape == 1 && a == plan.edge_axis ? tiles.count[0] * plan.kv_box[a] : 0);
       for (int32_t w = 0; w < kMostConsumers; ++w) {
-        const int32_t w_first = first + (grid > 1 ? w * unit : 0);  // an axis that is not split is every consumer's
-        if (w_first >= std::min(first + extent, length)) continue;
-        const int32_t w_last = std::min(w_first + unit, length) - 1, begin = keys_of_query(axis, length, first).begin;
-        visits[w] = (keys_of_query(axis, length, w_last).end - begin + kv_box - 1) / kv_box -
-                    (keys_of_query(axis, length, w_first).begin - begin) / kv_box;
+        const int32_t w_first = first + (plan.grid[a] > 1 ? w * unit : 0);  // an axis that is not split is every consumer's
+        if (w_first > last) continue;
+        const int32_t w_last = std::min(w_first + unit, length) - 1;
+        const int32_t w_begin = std::max(0, keys_of_query(axis, length, w_first).begin - from);
+        const int32_t w_end = keys_of_query(axis, length, w_last).end - from;
+        visits[w] = std::max(0, std::min((w_end + box - 1) / box, tiles.count[shape]) - w_begin / box);
       }
       result.push_back(visits);
     }
@@ -41,11 +52,12 @@ std::vector<Visits> visits_of_axis(const Axis& axis, int32_t unit, int32_t grid,
 
 // Time of every query tile of one head, in the order of the items.
 std::vector<double> times_of_tiles(const Problem& problem, const ForwardPlan& plan) {
-  std::vector<Visits> axis[kMaxRank];
+  const int shapes = plan.edge_axis < 0 ? 1 : kTileShapes;
+  std::vector<Visits> axis[kTileShapes][kMaxRank];
   int32_t tiles[kMaxRank];  // of a dilation group
   for (int a = 0; a < kMaxRank; ++a) {
-    axis[a] = visits_of_axis(problem.axis[a], plan.unit[a], plan.grid[a], plan.kv_box[a]);
-    tiles[a] = int32_t(axis[a].size()) / problem.axis[a].dilation;
+    for (int shape = 0; shape < shapes; ++shape) axis[shape][a] = visits_of_axis(problem, plan, a, shape);
+    tiles[a] = int32_t(axis[0][a].size()) / problem.axis[a].dilation;
   }
   const int32_t columns = kForwardKernels[plan.kernel].num_columns;
   std::vector<double> result;
@@ -55,10 +67,13 @@ std::vector<double> times_of_tiles(const Problem& problem, const ForwardPlan& pl
         for (int32_t t0 = 0; t0 < tiles[0]; ++t0)
           for (int32_t t1 = 0; t1 < tiles[1]; ++t1)
             for (int32_t t2 = 0; t2 < tiles[2]; ++t2) {
-              const Visits &v0 = axis[0][g0 * tiles[0] + t0], &v1 = axis[1][g1 * tiles[1] + t1],
-                           &v2 = axis[2][g2 * tiles[2] + t2];
-              double most = 0;
-              for (int32_t w = 0; w < kMostConsumers; ++w) most = std::max(most, double(v0[w]) * v1[w] * v2[w]);
+              Visits visits{};
+              for (int shape = 0; shape < shapes; ++shape) {
+                const Visits &v0 = axis[shape][0][g0 * tiles[0] + t0], &v1 = axis[shape][1][g1 * tiles[1] + t1],
+                             &v2 = axis[shape][2][g2 * tiles[2] + t2];
+                for (int32_t w = 0; w < kMostConsumers; ++w) visits[w] += v0[w] * v1[w] * v2[w];
+              }
+              const double most = *std::max_element(visits.begin(), visits.end());
               result.push_back(most == 0 ? 0 : most * (columns + kTileOverhead) + kItemOverhead);
               if (int64_t(result.size()) == kMostItems) return result;
             }

@@ -54,7 +54,6 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   const int member = Config::kShared ? wg : 0;  // of the ring's consumers
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const float scale_log2 = params.scale * 1.4426950408889634f;
-  const int32_t kv_box[kMaxRank] = {params.kv_box[0], params.kv_box[1], params.kv_box[2]};
   auto& record = smem.record;
   // The rows of this warp, and of this thread (0 and 8): of the query tile of the last product, other_rows apart from those
   // of the one before.
@@ -138,8 +137,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
     other_rows = -other_rows;
     __syncwarp();  // the reads of two query tiles ago
     if (lane < 16) {
-      const RowInfo row =
-          describe_row(params, record.item[ring][q_at.slot], record.row_offset[64 * member + 16 * warp + lane]);
+      const RowInfo row = describe_row(params, record.item[ring][q_at.slot], member, record.row_offset[16 * warp + lane]);
       if constexpr (Config::kMaskProduct) {  // its window is of no use here
         warp_rows[lane].token = row.token;
         warp_rows[lane].head = row.head;
@@ -152,36 +150,40 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   // What the rows of the warp do not see of the tile at k_at, with masks of the thread's rows where these are needed. The
   // part of the outer axes is kept, since tiles vary fastest along the innermost.
   uint32_t mask[2][kWords], outer_mask[2][kWords];
-  int32_t outer_begin[2] = {INT32_MIN, INT32_MIN};
+  int32_t outer[2] = {INT32_MIN, INT32_MIN};  // which tiles that is: their shape and places on these axes
   const auto read_mask = [&]() {
     if constexpr (Config::kMaskProduct) {
-      return Hidden{false, false};
+      return kNothing;
     } else {
       const TileInfo tile = record.tile[ring][k_at.slot];
-      if ((tile.classes >> (2 * member)) & kFull) return Hidden{params.kv_volume < kN, true};
+      if ((tile.classes >> (2 * member)) & kFull) return Hidden(tile.classes >> kTailBit);
+      const int shape = Config::kShapes == 1 ? 0 : tile.classes >> kShapeBit & 1;
+      const auto& columns = smem.mask[shape];
+      const int32_t (&kv_box)[kMaxRank] = params.kv[shape].extent;
       const int quad = lane % 4;
       const RowInfo* const rows = warp_rows + lane / 4;
-      if (tile.begin[0] != outer_begin[0] || tile.begin[1] != outer_begin[1]) {
+      const int32_t line = Config::kShapes * tile.begin[0] + shape;
+      if (line != outer[0] || tile.begin[1] != outer[1]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int w = 0; w < kWords; ++w) outer_mask[half][w] = ~0u;
-          smem.mask.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
-          smem.mask.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
+          columns.restrict_axis(outer_mask[half], 0, rows[8 * half].keys[0], tile.begin[0], kv_box, quad);
+          columns.restrict_axis(outer_mask[half], 1, rows[8 * half].keys[1], tile.begin[1], kv_box, quad);
         }
-        outer_begin[0] = tile.begin[0];
-        outer_begin[1] = tile.begin[1];
+        outer[0] = line;
+        outer[1] = tile.begin[1];
       }
       bool all = true;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int w = 0; w < kWords; ++w) mask[half][w] = outer_mask[half][w];
-        smem.mask.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
+        columns.restrict_axis(mask[half], 2, rows[8 * half].keys[2], tile.begin[2], kv_box, quad);
 #pragma unroll
         for (int w = 0; w < kWords; ++w) all = all && mask[half][w] == ColumnMask<kN>::all(w);
       }
-      return Hidden{__any_sync(~0u, !all) != 0, false};
+      return __any_sync(~0u, !all) ? kSome : kNothing;
     }
   };
 
@@ -212,7 +214,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   const auto prepare = [&]() {
     if (first) {
       describe_rows();
-      outer_begin[0] = outer_begin[1] = INT32_MIN;
+      outer[0] = outer[1] = INT32_MIN;
     }
     return read_mask();
   };
@@ -228,8 +230,8 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   const auto begin_softmax = [&](float (&s)[kN / 2], Hidden hidden, float (&factor)[2]) {
     pin_registers(s);
     release_k();
-    if (hidden.any) {
-      hidden.tail ? apply_tail<kN>(s, params.kv_volume) : apply_mask<kN>(s, mask);
+    if (hidden != kNothing) {
+      hidden == kSome ? apply_mask<kN>(s, mask) : apply_tail<kN>(s, hidden);
     }
     float inverse[2];
     if (first) {
@@ -308,7 +310,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, ForwardStor
   finish(warp_rows + lane / 4, inverse);
   store(warp_rows + lane / 4, inverse);
   if (nan_seen) {
-    recompute_nan_rows<T, kDim, Config::kMaskProduct>(params, &record.row_offset[64 * member + 16 * warp], 0,
+    recompute_nan_rows<T, kDim, Config::kMaskProduct>(params, member, &record.row_offset[16 * warp], 0,
                                                       blockIdx.x * Config::kRings + ring, gridDim.x * Config::kRings);
   }
 }

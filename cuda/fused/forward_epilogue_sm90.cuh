@@ -1,7 +1,7 @@
 // What leaves a Hopper forward kernel: lse, outputs, and the rows that came out with a NaN, computed again.
 #pragma once
 
-#include "forward_producer_sm90.cuh"
+#include "forward_describer_sm90.cuh"
 #include "forward_softmax_sm90.cuh"
 #include "recompute_sm90.cuh"
 
@@ -76,8 +76,8 @@ __device__ __forceinline__ void store_output(const ForwardParams& params, const 
 // row_offset: of the warp's 16 rows, more by `bases` than describe_row takes it; its items: from `first` on, in steps.
 // kMaskProduct: a hidden key may have reached lse too.
 template <typename T, int kDim, bool kMaskProduct = false>
-__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, const uint32_t* row_offset, uint32_t bases,
-                                                   int first, int step) {
+__device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, int consumer, const uint32_t* row_offset,
+                                                   uint32_t bases, int first, int step) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
   for (int index = first; index < params.num_items; index += step) {
@@ -92,7 +92,8 @@ __device__ __forceinline__ void recompute_nan_rows(const ForwardParams& params, 
       exists = exists && item.first[a] < item.group[a].q_count;
     }
     for (int i = 0; exists && i < 16 * params.item_heads; ++i) {
-      const int32_t token = describe_row(params, item, row_offset[i % 16] - bases).token, head = item.head + i / 16;
+      const int32_t token = describe_row(params, item, consumer, row_offset[i % 16] - bases).token;
+      const int32_t head = item.head + i / 16;
       if (token < 0) continue;
       const int64_t row = int64_t(token) * params.heads.divisor + head;
       bool nan = false;

@@ -20,9 +20,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
 
   if (threadIdx.x == 0)  // one lane of every consumer warp
     smem.record.init_barriers(4 * Config::kRingConsumers, Config::kMaskProduct ? Config::kConsumers : 0);
-  smem.record.build_row_offsets(params.unit, params.grid, Config::kM, threadIdx.x, Config::kThreads);
-  if constexpr (!Config::kMaskProduct) smem.mask.build(params.kv_box, threadIdx.x, Config::kThreads);
-  if (params.kv_volume < 16 * Config::kSteps) {
+  smem.record.build_row_offsets(params.unit, threadIdx.x, Config::kThreads);
+  const bool two_shapes = Config::kShapes > 1 && params.edge_axis >= 0;
+  if constexpr (!Config::kMaskProduct) {
+    for (int shape = 0; shape < (two_shapes ? 2 : 1); ++shape)
+      smem.mask[shape].build(params.kv[shape].extent, threadIdx.x, Config::kThreads);
+  }
+  if (min(params.kv[0].volume, params.kv[two_shapes].volume) < 16 * Config::kSteps) {
     // Rows that no load will write: zeros, because 0 * NaN would reach the output.
     uint4* const v = reinterpret_cast<uint4*>(&smem.v);
     for (int i = threadIdx.x; i < int(sizeof(smem.v) / sizeof(uint4)); i += Config::kThreads) v[i] = make_uint4(0, 0, 0, 0);
@@ -43,11 +47,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1) forward_sm90(const __grid
 
   if (warpgroup == Config::kConsumers) {
     decrease_registers<Config::kProducerRegisters>();
-    if (warp < Config::kRings) produce<Config>(params, smem, warp);
-    if constexpr (Config::kMaskProduct) {
-      static_assert(Config::kShared && Config::kConsumers == 2, "the warps of the producer's warpgroup");
-      if (warp == 1) hide_keys<Config>(params, smem);
-      if (warp > 1) write_masks<Config>(params, smem, warp - 2);
+    if constexpr (!Config::kShared) {
+      if (warp < Config::kRings) produce_alone<Config>(params, smem, warp);
+    } else if (warp == 0) {
+      if (threadIdx.x % 32 == 0) load_tiles<Config>(params, smem, 0);
+    } else if (warp == 1) {
+      describe<Config>(params, smem, 0, [&](uint32_t slot, bool last) {
+        if constexpr (Config::kMaskProduct) hide_keys<Config>(params, smem, slot, last);
+      });
+    } else if constexpr (Config::kMaskProduct) {
+      static_assert(Config::kConsumers == 2, "the warps of the producer's warpgroup");
+      write_masks<Config>(params, smem, warp - 2);
     }
   } else {
     increase_registers<Config::kConsumerRegisters>();

@@ -10,6 +10,7 @@
 #include "../common/call.h"
 #include "../common/problem.h"
 #include "geometry.h"
+#include "key_tiles_sm90.h"
 #include "plan_sm90.h"
 #include "recompute_sm90.cuh"
 #include "schedule_sm90.h"
@@ -28,9 +29,17 @@ struct SmallForwardParams {
   int32_t shared_bytes;
 };
 
+// The keys of a tile.
+struct KeyBox {
+  int32_t extent[kMaxRank];
+  int32_t map_step[kMaxRank];  // map coordinates from one box to the next
+  int32_t volume;
+  uint32_t classes;  // that are possible: columns past the box need a mask, or, if they are few, apply_tail
+};
+
 struct ForwardParams {
-  CUtensorMap q_map, k_map,
-      v_map;  // q_map: boxes of one warpgroup's queries, or of a tile's (kWarps); k_map, v_map: boxes of one key tile
+  CUtensorMap q_map;                                   // boxes of one warpgroup's queries, or of a tile's (kWarps)
+  CUtensorMap k_map[kTileShapes], v_map[kTileShapes];  // boxes of one key tile
   TokenLayout q_layout, kv_layout;
   Axis axis[kMaxRank];
   Shard shard[kMaxRank];  // if halo is null
@@ -38,12 +47,11 @@ struct ForwardParams {
   int32_t rank;
   int32_t unit[kMaxRank];  // queries of one consumer
   int32_t grid[kMaxRank];  // consumers of a query tile
-  int32_t kv_box[kMaxRank];
-  int32_t kv_volume;              // of the box
-  int32_t kv_map_step[kMaxRank];  // map coordinates from one key tile to the next
-  int32_t warp_keys[kMaxRank];    // kWarps kernels: keys of a key tile that a warp multiplies with
-  FastDivisor tiles[kMaxRank];    // query tiles per dilation group
-  FastDivisor groups[kMaxRank];   // dilation
+  KeyBox kv[kTileShapes];
+  int32_t edge_axis;             // of the second shape, or -1
+  int32_t warp_keys[kMaxRank];   // kWarps kernels: keys of a key tile that a warp multiplies with
+  FastDivisor tiles[kMaxRank];   // query tiles per dilation group
+  FastDivisor groups[kMaxRank];  // dilation
   FastDivisor heads;
   FastDivisor head_groups;  // heads / item_heads
   FastDivisor heads_per_kv;

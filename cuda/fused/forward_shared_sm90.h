@@ -26,8 +26,9 @@ struct ForwardConfig {
   // Masks by the tensor cores (mask_product_sm90.h): tiles of a consumer whose masks are kept; 0: masks by selects.
   static constexpr int kMaskSlots = kMaskSlots_;
   static constexpr bool kMaskProduct = kMaskSlots > 0;
-  static constexpr int kShortestFullBox = shortest_full_box(kN, kMaskProduct);
-  static constexpr int kM = 64;  // queries of a consumer
+  static constexpr int kShapes = tile_shapes(kSharing, kMaskProduct);    // of key tiles, at most
+  static constexpr int kTileBatch = kStages > 4 ? 8 : 32, kBatches = 2;  // of key tiles that are described
+  static constexpr int kM = 64;                                          // queries of a consumer
   static constexpr int kRings = kShared ? 1 : kConsumers;
   static constexpr int kRingConsumers = kShared ? kConsumers : 1;
   static constexpr int kThreads = 128 * (kConsumers + 1);
@@ -44,8 +45,11 @@ struct ForwardConfig {
 // What the producer says about a key tile.
 struct TileInfo {
   int32_t begin[kMaxRank];  // group coordinates
-  uint32_t classes;         // kInside, kFull of consumer w in bits 2w, 2w + 1
+  // kInside, kFull of consumer w in bits 2w, 2w + 1; its shape from bit kShapeBit on; from kTailBit on its keys, if they
+  // are fewer than its columns.
+  uint32_t classes;
 };
+constexpr int kShapeBit = 8, kTailBit = 16;
 
 // What the producer says about a query tile.
 struct ItemInfo {
@@ -56,11 +60,17 @@ struct ItemInfo {
   int32_t num_tiles;  // of keys; < 0: no more items
 };
 
-// Where the producer finds the key tiles of a query tile: they vary fastest along the last axis.
+// The key tiles of a query tile, of one shape: they vary fastest along the last axis.
 struct KeyTiles {
   int32_t begin[kMaxRank];  // of the first one, group coordinates
   int32_t count[kMaxRank];
   MapCoords at;  // of the first one
+};
+
+// A key tile to be loaded.
+struct TileLoad {
+  TileInfo info;
+  int32_t element, at[kMaxRank];  // map coordinates, innermost first, but for the batch
 };
 
 // One query of a tile.
@@ -71,18 +81,22 @@ struct RowInfo {
 };
 
 // What producer and consumers tell each other. kRows: queries of a ring's tile; kRowSlots: tiles whose rows are kept.
-template <int kRings, int kConsumers, int kRows, int kRowSlots, int kStages, int kQStages>
+template <int kRings, int kConsumers, int kRows, int kRowSlots, int kStages, int kQStages, int kShapes, int kTileBatch,
+          int kBatches>
 struct ProducerStorage {
   alignas(16) RowInfo row[kRings][kRowSlots][kRows];
   alignas(16) TileInfo tile[kRings][kStages];
   alignas(16) WindowRange range[kRings][kQStages][kMaxRank][kConsumers];
-  KeyTiles keys[kRings][kQStages];
+  alignas(16) TileLoad load[kRings][kBatches][kTileBatch];
+  KeyTiles keys[kRings][kQStages][kShapes];
   Shard shard[kRings][kMaxRank];
-  uint32_t row_offset[kRows];  // of a row from `first`, eight bits an axis, or kNoRow: not a row of the box
+  uint32_t row_offset[kRows / kConsumers];  // of a consumer's row from its first, eight bits an axis, or kNoRow
   ItemInfo item[kRings][kQStages];
   alignas(8) uint64_t q_full[kRings][kQStages], q_empty[kRings][kQStages];
   uint64_t k_full[kRings][kStages], k_empty[kRings][kStages];
   uint64_t v_full[kRings][kStages], v_empty[kRings][kStages];
+  uint64_t item_full[kRings][kQStages];  // what says that it is empty is q_empty
+  uint64_t batch_full[kRings][kBatches], batch_empty[kRings][kBatches];
 
   // By one thread. arrivals: consumer warps of a ring; mask_warps: warps that read `item` to write masks.
   __device__ __forceinline__ void init_barriers(int arrivals, int mask_warps = 0) {
@@ -90,6 +104,11 @@ struct ProducerStorage {
       for (int i = 0; i < kQStages; ++i) {
         sm90::mbarrier_init(&q_full[r][i], 1);
         sm90::mbarrier_init(&q_empty[r][i], arrivals + mask_warps);
+        sm90::mbarrier_init(&item_full[r][i], 1);
+      }
+      for (int i = 0; i < kBatches; ++i) {
+        sm90::mbarrier_init(&batch_full[r][i], 1);
+        sm90::mbarrier_init(&batch_empty[r][i], 1);
       }
       for (int i = 0; i < kStages; ++i) {
         sm90::mbarrier_init(&k_full[r][i], 1);
@@ -101,16 +120,11 @@ struct ProducerStorage {
     sm90::fence_barrier_init();
   }
 
-  // By all threads. unit: queries of a consumer, at most rows_per_consumer; grid: of consumers.
-  __device__ __forceinline__ void build_row_offsets(const int32_t (&unit)[kMaxRank], const int32_t (&grid)[kMaxRank],
-                                                    int rows_per_consumer, int thread, int num_threads) {
-    for (int row = thread; row < kRows; row += num_threads) {
-      const int w = row / rows_per_consumer, n = row % rows_per_consumer;
-      const int at[kMaxRank] = {n / (unit[2] * unit[1]), n / unit[2] % unit[1], n % unit[2]};
-      const int of[kMaxRank] = {w / (grid[2] * grid[1]), w / grid[2] % grid[1], w % grid[2]};
-      uint32_t packed = at[0] >= unit[0] || of[0] >= grid[0] ? 1u << 24 : 0;
-      for (int a = 0; a < kMaxRank; ++a) packed |= uint32_t(packed == 1u << 24 ? 0 : of[a] * unit[a] + at[a]) << (8 * a);
-      row_offset[row] = packed;
+  // By all threads. unit: queries of a consumer.
+  __device__ __forceinline__ void build_row_offsets(const int32_t (&unit)[kMaxRank], int thread, int num_threads) {
+    for (int row = thread; row < kRows / kConsumers; row += num_threads) {
+      const int at[kMaxRank] = {row / (unit[2] * unit[1]), row / unit[2] % unit[1], row % unit[2]};
+      row_offset[row] = at[0] >= unit[0] ? 1u << 24 : at[0] | at[1] << 8 | at[2] << 16;
     }
   }
 };
@@ -119,15 +133,16 @@ struct ProducerStorage {
 constexpr uint32_t kNoRow = 1u << 24;
 __device__ __forceinline__ int entry(uint32_t packed, int a) { return packed >> (8 * a) & 255; }
 
-// Row `row` of the query tile: its window and its token.
-__device__ __forceinline__ RowInfo describe_row(const ForwardParams& params, const ItemInfo& item, uint32_t row_offset) {
+// A row of a consumer: its window and its token.
+__device__ __forceinline__ RowInfo describe_row(const ForwardParams& params, const ItemInfo& item, int consumer,
+                                                uint32_t row_offset) {
   RowInfo row;
   bool exists = row_offset < kNoRow;
   int32_t token = item.batch;
 #pragma unroll
   for (int a = 0; a < kMaxRank; ++a) {
     const GroupAxis group = item.group[a];
-    int32_t ordinal = item.first[a] + entry(row_offset, a);
+    int32_t ordinal = item.first[a] + (params.grid[a] > 1 ? consumer * params.unit[a] : 0) + entry(row_offset, a);
     exists = exists && ordinal < group.q_count;
     ordinal = min(ordinal, group.q_count - 1);
     row.keys[a] = keys_of_query(params.axis[a], group.length, group.q_base + ordinal);
@@ -146,9 +161,9 @@ struct ForwardStorage {
   alignas(1024) T k[kRings][Config::kStages][Config::kN * Config::kDim];
   alignas(1024) T v[kRings][Config::kStages][16 * Config::kSteps * Config::kDim];
   alignas(16) ProducerStorage<kRings, Config::kRingConsumers, Config::kRingConsumers * Config::kM, 2, Config::kStages,
-                              Config::kQStages> record;
+                              Config::kQStages, Config::kShapes, Config::kTileBatch, Config::kBatches> record;
   struct None {};
-  alignas(16) std::conditional_t<Config::kMaskProduct, None, ColumnMask<Config::kN>> mask;
+  alignas(16) std::conditional_t<Config::kMaskProduct, None, ColumnMask<Config::kN>> mask[Config::kShapes];
   ProductMask<Config::kN, Config::kRingConsumers, Config::kMaskSlots, Config::kQStages> mask_product;
 };
 

@@ -23,6 +23,18 @@ const char* launch(int32_t kernel, DType dtype, const ForwardParams& params, int
   }
 }
 
+KeyBox key_box(const int32_t (&extent)[kMaxRank], const KernelShape& kernel, const Problem& problem,
+               const TokenLayout& layout) {
+  KeyBox box{};
+  for (int a = 0; a < kMaxRank; ++a) {
+    box.extent[a] = extent[a];
+    box.map_step[a] = extent[a] * (layout.fold[a] != 0 ? 1 : problem.axis[a].dilation);
+  }
+  box.volume = extent[0] * extent[1] * extent[2];
+  box.classes = can_be_full(kernel, extent) ? ~0u : ~0u / 3 * kInside;  // of every consumer
+  return box;
+}
+
 SmallForwardParams small_params(const ForwardPlan& plan) {
   const SmallLayout layout = small_layout(plan);
   SmallForwardParams small;
@@ -50,8 +62,8 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   const KernelShape& kernel = kForwardKernels[plan.kernel];
 
   ForwardParams params{};
-  params.kv_volume = 1;
   int32_t q_len[kMaxRank], kv_len[kMaxRank];
+  int32_t largest_kv_box[kMaxRank];
   int32_t q_box[kMaxRank];  // of one load
   int64_t num_items = problem.batch * problem.heads;
   int64_t tiles_of_group = 1;
@@ -63,8 +75,7 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
     params.grid[a] = plan.grid[a];
     params.warp_keys[a] = plan.warp_keys[a];
     q_box[a] = kernel.sharing == Sharing::kWarps ? plan.unit[a] * plan.grid[a] : plan.unit[a];
-    params.kv_box[a] = plan.kv_box[a];
-    params.kv_volume *= plan.kv_box[a];
+    largest_kv_box[a] = std::max(plan.kv_box[a], plan.edge_box[a]);
     q_len[a] = axis.q_len;
     kv_len[a] = axis.kv_len;
     const int32_t extent = plan.unit[a] * plan.grid[a];
@@ -95,12 +106,12 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
   if (kernel.sharing == Sharing::kWarps) params.small = small_params(plan);
 
   if (!make_token_layout(&params.q_layout, problem, q_len, q_box, problem.heads, problem.dim) ||
-      !make_token_layout(&params.kv_layout, problem, kv_len, plan.kv_box, problem.kv_heads, problem.dim)) {
+      !make_token_layout(&params.kv_layout, problem, kv_len, largest_kv_box, problem.kv_heads, problem.dim)) {
     return Status::error("the Hopper kernels cannot address this dilation");
   }
-  for (int a = 0; a < kMaxRank; ++a) {
-    params.kv_map_step[a] = plan.kv_box[a] * (params.kv_layout.fold[a] != 0 ? 1 : problem.axis[a].dilation);
-  }
+  params.edge_axis = plan.edge_axis;
+  params.kv[0] = key_box(plan.kv_box, kernel, problem, params.kv_layout);
+  params.kv[1] = key_box(plan.edge_box, kernel, problem, params.kv_layout);
   const CUtensorMapDataType type =
       options.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const int32_t row_elements = std::min(problem.dim * plan.small.item_heads, 64);
@@ -111,10 +122,13 @@ Status forward(const Problem& problem, const ForwardBuffers& buffers, const Call
                           swizzle);
   };
   const char* failure = map(&params.q_map, params.q_layout, buffers.query, q_len, problem.heads, q_box);
-  if (failure == nullptr)
-    failure = map(&params.k_map, params.kv_layout, buffers.key, kv_len, problem.kv_heads, plan.kv_box);
-  if (failure == nullptr)
-    failure = map(&params.v_map, params.kv_layout, buffers.value, kv_len, problem.kv_heads, plan.kv_box);
+  for (int shape = 0; shape < (plan.edge_axis < 0 ? 1 : kTileShapes); ++shape) {
+    const int32_t (&box)[kMaxRank] = shape == 0 ? plan.kv_box : plan.edge_box;
+    if (failure == nullptr)
+      failure = map(&params.k_map[shape], params.kv_layout, buffers.key, kv_len, problem.kv_heads, box);
+    if (failure == nullptr)
+      failure = map(&params.v_map[shape], params.kv_layout, buffers.value, kv_len, problem.kv_heads, box);
+  }
   if (failure == nullptr) failure = launch(plan.kernel, options.dtype, params, plan.ctas, stream);
   return failure == nullptr ? Status() : Status::error(failure);
 }

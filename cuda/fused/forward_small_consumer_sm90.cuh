@@ -198,7 +198,7 @@ __device__ __forceinline__ void consume_small(const ForwardParams& params, const
   }
   if (nan_seen) {
     const int32_t extent[2] = {params.unit[0] * params.grid[0], params.unit[1] * params.grid[1]};
-    recompute_nan_rows<typename Config::T, kDim>(params, &smem.row_entries[16 * box],
+    recompute_nan_rows<typename Config::T, kDim>(params, 0, &smem.row_entries[16 * box],
                                                  extent[0] << 8 | (extent[0] + extent[1]) << 16, blockIdx.x, gridDim.x);
   }
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../arch/sm90/tma.h"
-#include "forward_producer_sm90.cuh"
+#include "forward_describer_sm90.cuh"
 #include "forward_small_shared_sm90.h"
 
 namespace jax_na::hopper {
@@ -18,7 +18,7 @@ __device__ __forceinline__ void produce_small(const ForwardParams& params, const
   const int num_coordinates = extent[0] + extent[1] + extent[2];
   const uint32_t row_bytes = Config::kDim * 2 * params.item_heads;
   const uint32_t q_bytes = extent[0] * extent[1] * extent[2] * row_bytes;
-  const uint32_t kv_bytes = params.kv_volume * row_bytes;
+  const uint32_t kv_bytes = params.kv[0].volume * row_bytes;
 
   // The lane's axis.
   const int axis = lane < kMaxRank ? lane : 0;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void produce_small(const ForwardParams& params, const
       tile_begin[a] = __shfl_sync(~0u, keys.begin, a);
       key[a] = __shfl_sync(~0u, own_key, a);
       query[a] = __shfl_sync(~0u, own_query, a);
-      num_tiles[a] = (__shfl_sync(~0u, keys.end, a) - tile_begin[a] + params.kv_box[a] - 1) / params.kv_box[a];
+      num_tiles[a] = (__shfl_sync(~0u, keys.end, a) - tile_begin[a] + params.kv[0].extent[a] - 1) / params.kv[0].extent[a];
     }
     const int32_t item_tiles = num_tiles[0] * num_tiles[1] * num_tiles[2];
     mbarrier_wait(&smem.q_empty[q_at.slot], q_at.parity ^ 1);
@@ -76,14 +76,14 @@ __device__ __forceinline__ void produce_small(const ForwardParams& params, const
     const auto load_tile = [&](const int32_t (&t)[kMaxRank]) {
       mbarrier_wait(&smem.kv_empty[kv_at.slot], kv_at.parity ^ 1);
       if (lane == 0) {
-        const int32_t c1 = kv_first.c[1] + t[2] * params.kv_map_step[2];
-        const int32_t c2 = kv_first.c[2] + t[1] * params.kv_map_step[1];
-        const int32_t c3 = kv_first.c[3] + t[0] * params.kv_map_step[0];
+        const int32_t c1 = kv_first.c[1] + t[2] * params.kv[0].map_step[2];
+        const int32_t c2 = kv_first.c[2] + t[1] * params.kv[0].map_step[1];
+        const int32_t c3 = kv_first.c[3] + t[0] * params.kv[0].map_step[0];
         const uint32_t slot = kv_at.slot * small.kv_slot_bytes;
         mbarrier_arrive_expect_tx(&smem.k_full[kv_at.slot], kv_bytes);
-        tma_load_5d(shared.k + slot, &params.k_map, &smem.k_full[kv_at.slot], kv_first.c[0], c1, c2, c3, kv_first.c[4]);
+        tma_load_5d(shared.k + slot, &params.k_map[0], &smem.k_full[kv_at.slot], kv_first.c[0], c1, c2, c3, kv_first.c[4]);
         mbarrier_arrive_expect_tx(&smem.v_full[kv_at.slot], kv_bytes);
-        tma_load_5d(shared.v + slot, &params.v_map, &smem.v_full[kv_at.slot], kv_first.c[0], c1, c2, c3, kv_first.c[4]);
+        tma_load_5d(shared.v + slot, &params.v_map[0], &smem.v_full[kv_at.slot], kv_first.c[0], c1, c2, c3, kv_first.c[4]);
       }
     };
     int32_t t[kMaxRank] = {0, 0, 0};
@@ -127,11 +127,11 @@ __device__ __forceinline__ void produce_small(const ForwardParams& params, const
         for (int c = lane; c < num_coordinates; c += 32) {
           const TileCoordinate coordinate = smem.coordinate[c];
           const int a = coordinate.axis;
-          const int32_t begin = a == 0   ? tile_begin[0] + t[0] * params.kv_box[0]
-                                : a == 1 ? tile_begin[1] + t[1] * params.kv_box[1]
-                                         : tile_begin[2] + t[2] * params.kv_box[2];
-          const int32_t box = params.kv_box[a], keys = params.warp_keys[a];
-          const int32_t stride = (a < 2 ? params.kv_box[2] : 1) * (a < 1 ? params.kv_box[1] : 1);
+          const int32_t begin = a == 0   ? tile_begin[0] + t[0] * params.kv[0].extent[0]
+                                : a == 1 ? tile_begin[1] + t[1] * params.kv[0].extent[1]
+                                         : tile_begin[2] + t[2] * params.kv[0].extent[2];
+          const int32_t box = params.kv[0].extent[a], keys = params.warp_keys[a];
+          const int32_t stride = (a < 2 ? params.kv[0].extent[2] : 1) * (a < 1 ? params.kv[0].extent[1] : 1);
           const int32_t table = a == 0   ? 0
                                 : a == 1 ? params.warp_keys[0] + 1
                                          : params.warp_keys[0] + params.warp_keys[1] + 2;

@@ -31,7 +31,7 @@ struct WarpKeys {
     const int lane = thread % 32;
     for (int i = thread; i < kColumns; i += num_threads) {
       const uint32_t key = params.small.column[i];
-      const int row = (entry(key, 0) * params.kv_box[1] + entry(key, 1)) * params.kv_box[2] + entry(key, 2);
+      const int row = (entry(key, 0) * params.kv[0].extent[1] + entry(key, 1)) * params.kv[0].extent[2] + entry(key, 2);
       tile_row[i] = key < kNoRow ? row : 0;
     }
     for (int q = 0; q < 4; ++q) {

@@ -99,11 +99,8 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[(kN + 15) / 16]
     p[i / 4][i % 4] = i < kN / 4 ? sm90::pack_pair<T>(s[2 * i], s[2 * i + 1]) : 0;
 }
 
-// What the rows of a warp do not see of a key tile.
-struct Hidden {
-  bool any;
-  bool tail;  // the columns past the box, no other
-};
+// What the rows of a warp do not see of a key tile: kNothing, kSome, or, if only the columns past its keys, their number.
+enum Hidden : int { kSome = -1, kNothing = 0 };
 
 // Hides the columns past the `volume` keys of a box, at least kShortestFullBox.
 template <int kN>

@@ -7,9 +7,9 @@
 // adds exactly 0 to the score of a pair that is seen, and any other comes out at -2^125 or below, three of which are still
 // finite.
 //
-// Three warps beside the producer make B. One turns the windows of a query tile into a table, one word for every key
-// coordinate of every axis, while the queries are still on their way (hide_keys); one per consumer then writes a tile by
-// three words a key (write_masks). None of them waits for the consumers but for a slot of tiles.
+// The warp that describes the tiles turns the windows of a query tile into a table, one word for every key coordinate of
+// every axis (hide_keys); one warp per consumer then writes a tile by three words a key (write_masks). None of them waits
+// for the consumers but for a slot of tiles.
 //
 // A hidden key that is NaN or about as large as a hidden score reaches the row all the same: such rows come out as NaN and
 // are computed again.
@@ -27,14 +27,6 @@
 
 namespace jax_na::hopper {
 
-// What the producer says about a query tile and its masks.
-template <int kConsumers>
-struct MaskItem {
-  int32_t begin[kMaxRank];  // first key, group coordinate
-  int32_t tiles[kMaxRank];  // of keys
-  WindowRange range[kConsumers][kMaxRank];
-};
-
 template <int kN, int kConsumers, int kSlots, int kQStages>
 struct ProductMask {
   static constexpr int kChunks = kMaskCodes / 8;  // of eight codes: 16 bytes
@@ -45,9 +37,8 @@ struct ProductMask {
   alignas(128) uint4 nothing[kN];                               // a chunk of B of a tile that every row sees: zeros
   // Spread codes that a key coordinate of the query tile is hidden from, axis by axis.
   uint32_t hidden[kQStages][kConsumers][kMaskCoordinates];
-  MaskItem<kConsumers> item[kQStages];
   uint64_t full[kConsumers][kSlots], empty[kConsumers][kSlots];
-  uint64_t item_full[kQStages], hidden_full[kQStages];  // q_empty of the stage says when either may be written again
+  uint64_t hidden_full[kQStages];  // q_empty of the stage says when `hidden` may be written again
 
   // By one thread.
   __device__ __forceinline__ void init_barriers() {
@@ -58,7 +49,6 @@ struct ProductMask {
       }
     }
     for (int i = 0; i < kQStages; ++i) {
-      sm90::mbarrier_init(&item_full[i], 1);
       sm90::mbarrier_init(&hidden_full[i], 1);
     }
     sm90::fence_barrier_init();
@@ -122,40 +112,31 @@ struct ProductMask {
 template <int kN, int kConsumers, int kQStages>
 struct ProductMask<kN, kConsumers, 0, kQStages> {};
 
-// One warp: which codes hide the key coordinates of a query tile from its consumers, tile after tile.
+// By a warp: which codes hide the key coordinates of a query tile from its consumers. last: there is none.
 template <typename Config, typename Params, typename Storage>
-__device__ __forceinline__ void hide_keys(const Params& params, Storage& smem) {
-  using namespace sm90;
+__device__ __forceinline__ void hide_keys(const Params& params, Storage& smem, uint32_t slot, bool last) {
   auto& product = smem.mask_product;
   const int lane = threadIdx.x % 32;
-  RingPosition<Config::kQStages> q_at;
-  for (;;) {
-    mbarrier_wait(&product.item_full[q_at.slot], q_at.parity);
-    const auto& item = smem.record.item[0][q_at.slot];
-    const auto& mask_item = product.item[q_at.slot];
-    const bool last = item.num_tiles < 0;
-    if (!last) {
-      const int32_t entry1 = mask_item.tiles[0] * params.kv_box[0];
-      const int32_t entry2 = entry1 + mask_item.tiles[1] * params.kv_box[1];
-      const int32_t entries = entry2 + mask_item.tiles[2] * params.kv_box[2];
+  if (!last) {
+    const auto& item = smem.record.item[0][slot];
+    const auto& keys = smem.record.keys[0][slot][0];
+    const int32_t entry1 = keys.count[0] * params.kv[0].extent[0];
+    const int32_t entry2 = entry1 + keys.count[1] * params.kv[0].extent[1];
+    const int32_t entries = entry2 + keys.count[2] * params.kv[0].extent[2];
 #pragma unroll 1
-      for (int32_t entry = lane; entry < entries; entry += 32) {
-        const int a = entry < entry1 ? 0 : entry < entry2 ? 1 : 2;
-        const int32_t key = mask_item.begin[a] + entry - (a == 0 ? 0 : a == 1 ? entry1 : entry2);
-        const Interval queries = seen_by(params.axis[a], key, item.group[a].length);
-        const int32_t first = item.group[a].q_base + item.first[a], extent = params.unit[a];
-        const int32_t code = first_code(params.unit, a), shift = params.grid[a] == 1 ? 0 : extent;
+    for (int32_t entry = lane; entry < entries; entry += 32) {
+      const int a = entry < entry1 ? 0 : entry < entry2 ? 1 : 2;
+      const int32_t key = keys.begin[a] + entry - (a == 0 ? 0 : a == 1 ? entry1 : entry2);
+      const Interval queries = seen_by(params.axis[a], key, item.group[a].length);
+      const int32_t first = item.group[a].q_base + item.first[a], extent = params.unit[a];
+      const int32_t code = first_code(params.unit, a), shift = params.grid[a] == 1 ? 0 : extent;
 #pragma unroll
-        for (int w = 0; w < Config::kConsumers; ++w) {
-          product.hidden[q_at.slot][w][entry] = spread_codes(hidden_codes(queries, first + w * shift, extent, code));
-        }
-      }
+      for (int w = 0; w < Config::kConsumers; ++w)
+        product.hidden[slot][w][entry] = spread_codes(hidden_codes(queries, first + w * shift, extent, code));
     }
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(&product.hidden_full[q_at.slot]);
-    if (last) return;
-    q_at.advance();
   }
+  __syncwarp();
+  if (lane == 0) sm90::mbarrier_arrive(&product.hidden_full[slot]);
 }
 
 // One warp per consumer: walks its key tiles as the producer does and writes the mask of every one that needs it.
@@ -165,20 +146,20 @@ __device__ __forceinline__ void write_masks(const Params& params, Storage& smem,
   auto& product = smem.mask_product;
   const int lane = threadIdx.x % 32;
   const int axis = lane < kMaxRank ? lane : 0;  // of this lane
-  const int32_t box0 = params.kv_box[0], box1 = params.kv_box[1], box2 = params.kv_box[2];
-  const int32_t extent = params.kv_box[axis];
+  const int32_t box0 = params.kv[0].extent[0], box1 = params.kv[0].extent[1], box2 = params.kv[0].extent[2];
+  const int32_t extent = params.kv[0].extent[axis];
   const uint32_t possible = box0 * box1 * box2 == Config::kN ? kInside | kFull : kInside;
   uint32_t place[(Config::kN + 31) / 32];
-  product.place_keys(params.kv_box, lane, place);
+  product.place_keys(params.kv[0].extent, lane, place);
   RingPosition<Config::kQStages> q_at;
   RingPosition<Config::kMaskSlots> at;
   for (;;) {
     mbarrier_wait(&product.hidden_full[q_at.slot], q_at.parity);
     if (smem.record.item[0][q_at.slot].num_tiles < 0) return;
-    const auto& item = product.item[q_at.slot];
-    const int32_t tiles0 = item.tiles[0], tiles1 = item.tiles[1], tiles2 = item.tiles[2];
-    const int32_t begin = item.begin[axis];
-    const WindowRange range = item.range[member][axis];
+    const auto& keys = smem.record.keys[0][q_at.slot][0];
+    const int32_t tiles0 = keys.count[0], tiles1 = keys.count[1], tiles2 = keys.count[2];
+    const int32_t begin = keys.begin[axis];
+    const WindowRange range = smem.record.range[0][q_at.slot][axis][member];
     const uint32_t* const hidden0 = product.hidden[q_at.slot][member];
     const uint32_t* const hidden1 = hidden0 + tiles0 * box0;
     const uint32_t* const hidden2 = hidden1 + tiles1 * box1;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../common/problem.h"
+#include "key_tiles_sm90.h"
 
 namespace jax_na::hopper {
 
@@ -26,6 +27,11 @@ constexpr int32_t shortest_full_box(int32_t num_columns, bool mask_product) {
   return mask_product ? num_columns : num_columns - 16;
 }
 
+// Shapes of key tiles, at most: key_tiles_sm90.h.
+constexpr int tile_shapes(Sharing sharing, bool mask_product) {
+  return sharing == Sharing::kShared && !mask_product ? kTileShapes : 1;
+}
+
 // What a forward kernel fixes.
 struct KernelShape {
   int32_t dim;
@@ -36,6 +42,11 @@ struct KernelShape {
 
   constexpr int32_t rows_per_consumer() const { return sharing == Sharing::kWarps ? 16 : 64; }
 };
+
+// Whether a tile of these keys can do without a mask.
+constexpr bool can_be_full(const KernelShape& kernel, const int32_t (&box)[kMaxRank]) {
+  return box[0] * box[1] * box[2] >= shortest_full_box(kernel.num_columns, kernel.mask_product);
+}
 
 // Every forward kernel; instantiated in forward_sm90_d*.cu, once per element type.
 constexpr KernelShape kForwardKernels[] = {
@@ -84,6 +95,8 @@ struct ForwardPlan {
   int32_t unit[kMaxRank] = {1, 1, 1};       // queries of one consumer per axis, group coordinates
   int32_t grid[kMaxRank] = {1, 1, 1};       // consumers of a query tile per axis; a shared kernel splits one axis
   int32_t kv_box[kMaxRank] = {1, 1, 1};     // keys of a tile
+  int32_t edge_box[kMaxRank] = {0, 0, 0};   // of the second shape: key_tiles_sm90.h
+  int32_t edge_axis = -1;                   // -1: none
   bool take_turns = true;                   // at the tensor cores: forward_consumer_sm90.cuh
   int32_t warp_keys[kMaxRank] = {1, 1, 1};  // kWarps: keys of a tile that one consumer multiplies with, at most
   SmallPlan small;                          // kWarps
@@ -98,8 +111,8 @@ struct ForwardPlan {
 const char* why_not_forward(const Problem& problem);
 
 // The cheapest plan, remembered per problem and number of SMs. kernel < 0: no plan (see why_not_forward). JAX_NA_EXPLAIN=1
-// prints it, once per problem; JAX_NA_HOPPER_PLAN=kernel:u0,u1,u2:g0,g1,g2:n0,n1,n2[:heads,warps,stages,CTAs] overrides it
-// in experiments.
+// prints it, once per problem; JAX_NA_HOPPER_PLAN=kernel:u0,u1,u2:g0,g1,g2:n0,n1,n2[:e0,e1,e2,axis | :heads,warps,stages,
+// CTAs] overrides it in experiments.
 ForwardPlan plan_forward(const Problem& problem, int32_t num_sms = kSms);
 
 // Shared memory of a CTA of a kWarps kernel.

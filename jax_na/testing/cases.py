@@ -101,6 +101,9 @@ CASES = (
     Case("2d-extra-bias", (11, 12), (5, 3), extra=5, bias=True, heads=2, kv_heads=1),
     Case("2d-d64", (33, 31), (13, 12), dim=64),
     Case("2d-d128", (24, 20), (10, 9), dim=128),
+    # Key tiles of two shapes; see also 3-D.
+    Case("2d-edge-d64", (31, 40), (20, 8), stride=(17, 1), dilation=(1, 2), dim=64, heads=1, kv_heads=1),
+    Case("2d-edge-causal-d128", (23, 37), (17, 12), dilation=(1, 3), is_causal=(False, True), dim=128, heads=1, kv_heads=1),
     # Key boxes of 121 and 55 keys that all queries of a tile see, in tiles of 128 and 64.
     Case("2d-blocked-d64", (22, 33), 11, stride=11, dim=64),
     Case("2d-blocked-d128", (22, 33), 11, stride=11, dim=128),
@@ -115,6 +118,8 @@ CASES = (
     Case("3d-stride", (10, 8, 12), (4, 5, 6), stride=(2, 1, 3)),
     Case("3d-bias-extra", (5, 6, 7), (3, 3, 5), bias=True, extra=3),
     Case("3d-odd-dim", (5, 6, 7), 3, dim=20, dim_v=12),
+    Case("3d-edge-d128", (11, 10, 11), (6, 3, 7), stride=(2, 1, 1), dilation=(1, 3, 1), dim=128, heads=1, kv_heads=1),
+    Case("3d-edge-d256", (8, 6, 5), (7, 4, 4), dim=256, heads=1, kv_heads=1),
     Case("3d-d128", (6, 12, 10), (3, 7, 5), dim=128, heads=1, kv_heads=1),
 )
 
