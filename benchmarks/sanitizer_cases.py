@@ -16,7 +16,10 @@ import numpy as np
 from benchmarks.measure import backward, forward
 from jax_na import _backends, _primitives, _unfused
 from jax_na._spec import Inputs, Spec
-from jax_na.testing.cases import SHORT, Case
+from jax_na.testing.cases import CASES, SHORT, Case
+
+# Besides, Hopper's key tiles of two shapes.
+CHECKED = (*SHORT, *(case for case in CASES if case.name in ("2d-edge-d64", "3d-edge-d128")))
 
 
 def attention(spec: Spec, inputs: Inputs, grad_out: Any) -> Any:
@@ -35,7 +38,7 @@ def products(spec: Spec, inputs: Inputs, grad_out: Any) -> Any:
 def main(implementations: list[str]) -> None:
     ran, start = 0, time.time()
     for implementation in implementations:
-        for case in SHORT:
+        for case in CHECKED:
             for dtype in (jnp.bfloat16, jnp.float32):
                 inputs = jax.tree.map(jnp.asarray, case.inputs(dtype))
                 spec = case.spec(implementation=implementation)
