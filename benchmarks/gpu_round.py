@@ -139,7 +139,7 @@ def run_sanitizer(implementations: list[str], limit: float | None) -> dict[str, 
         print(f"{tool} {name}: {found} {ran} {time.time() - start:.0f} s", "" if clean else text[-3000:], flush=True)
         return {"clean": clean, "cases": int(ran[0]) if ran else None, "summary": found[-1] if found else text[-500:]}
 
-    # Of nine beside each other on one GPU one did not end, in two rounds of four.
+    # Of nine beside each other on one GPU, one did not end in some rounds.
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         control = pool.submit(sanitize, limit, "memcheck", "--control")
         outcomes = list(pool.map(lambda kind: run(*kind), kinds))
