@@ -75,6 +75,8 @@ def make_geometry(
     integers = {}
     for name, value in (("window_size", window_size), ("stride", stride), ("dilation", dilation)):
         try:
+            if any(isinstance(entry, (bool, np.bool_)) for entry in _per_axis(name, value, rank)):
+                raise TypeError
             integers[name] = tuple(operator.index(entry) for entry in _per_axis(name, value, rank))
         except TypeError:
             raise TypeError(f"{name} must be an integer or one integer per spatial axis, got {value!r}") from None
@@ -123,6 +125,9 @@ def check_bias(geometry: Geometry) -> None:
 
 def check_heads(features: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """``(num_kv_heads, head_dim)`` with the defaults filled in."""
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        if value is not None and not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name}={value!r}: it must be an integer")
     if num_heads < 1:
         raise ValueError(f"num_heads={num_heads}: it must be at least 1")
     if head_dim is None:
@@ -228,7 +233,10 @@ def split_heads(qkv: Array, num_heads: int, num_kv_heads: int, head_dim: int) ->
     With ``Hkv == H`` the layout is the published one, ``(3, H, D)``.
     """
     query, key, value = jnp.split(qkv, (num_heads * head_dim, (num_heads + num_kv_heads) * head_dim), axis=-1)
-    return tuple(x.reshape(*x.shape[:-1], -1, head_dim) for x in (query, key, value))  # type: ignore[return-value]
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    return tuple(  # type: ignore[return-value]
+        x.reshape(*x.shape[:-1], n, head_dim) for x, n in zip((query, key, value), heads, strict=True)
+    )
 
 
 def gelu(x: Array) -> Array:

@@ -7,6 +7,7 @@ The oracle of every test and, as ``implementation="reference"``, something to re
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -59,9 +60,10 @@ def attention(spec: Spec, inputs: Inputs, halo: Array, weights_dtype: Any = None
     dot = functools.partial(jnp.einsum, precision=spec.precision, preferred_element_type=acc)
 
     # Query heads split into (kv head, member), tokens flattened: q [*B, Nq, G, R, D], k [*B, Nk, G, D].
-    q = query.reshape(*lead, -1, kv_heads, heads // kv_heads, dim)
-    k = key.reshape(*lead, -1, kv_heads, dim)
-    v = value.reshape(*lead, -1, kv_heads, value.shape[-1])
+    num_keys = math.prod(key_spatial)
+    q = query.reshape(*lead, math.prod(query_spatial), kv_heads, heads // kv_heads, dim)
+    k = key.reshape(*lead, num_keys, kv_heads, dim)
+    v = value.reshape(*lead, num_keys, kv_heads, value.shape[-1])
     scores = dot("...qgrd,...kgd->...grqk", q, k) * jnp.asarray(spec.scale, acc)
     if bias is not None:
         spread = relative_bias(spec, bias.astype(acc), query_spatial, key_spatial, halo)
@@ -83,7 +85,7 @@ def attention(spec: Spec, inputs: Inputs, halo: Array, weights_dtype: Any = None
     weights_dtype = acc if weights_dtype is None else weights_dtype
     out = dot("...grqk,...kgd->...qgrd", weights.astype(weights_dtype), v.astype(weights_dtype))
     lse = jnp.moveaxis(lse, -1, len(lead)).reshape(*lead, *query_spatial, heads)
-    return out.reshape(*lead, *query_spatial, heads, -1).astype(query.dtype), lse
+    return out.reshape(*lead, *query_spatial, heads, value.shape[-1]).astype(query.dtype), lse
 
 
 def forward(spec: Spec, inputs: Inputs, halo: Array) -> tuple[Array, Array]:

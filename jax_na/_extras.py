@@ -6,6 +6,7 @@ the recomputed weights of each part are those of the whole softmax, so each part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ Array = Any
 
 def _grouped(array: Array, lead: int, kv_heads: int) -> Array:
     """``[*B, *S, H, X]`` as ``[*B, tokens, Hkv, H // Hkv, X]``."""
-    return array.reshape(*array.shape[:lead], -1, kv_heads, array.shape[-2] // kv_heads, array.shape[-1])
+    *spatial, heads, channels = array.shape[lead:]
+    return array.reshape(*array.shape[:lead], math.prod(spatial), kv_heads, heads // kv_heads, channels)
 
 
 def _extra(inputs: Inputs) -> tuple[Array, Array]:

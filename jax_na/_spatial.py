@@ -196,9 +196,9 @@ def sharded_neighborhood_attention(
     that its queries see: about half a window on each side (all of it on the left under ``is_causal``), times the dilation. Batch
     and heads need no communication. The result equals that of :func:`neighborhood_attention` on the whole arrays.
 
-    Outside ``shard_map`` the operands are whole arrays. A length that the mesh axis does not divide is padded; put evenly split
-    lengths where speed matters. Inside a ``shard_map`` over every axis that ``partition`` names, the operands are the blocks, all
-    of one size.
+    Outside ``shard_map`` the operands are whole arrays. A length that the mesh axis does not divide is padded (and with Explicit
+    axes the result is gathered along it, since no type can say how it is split); put evenly split lengths where speed matters.
+    Inside a ``shard_map`` over every axis that ``partition`` names, the operands are the blocks, all of one size.
 
     Args:
       query, key, value, window_size and all keyword arguments but these two: as in :func:`neighborhood_attention`.
@@ -280,5 +280,9 @@ def sharded_neighborhood_attention(
         lse = place(jnp.zeros(shape, accumulation_dtype(dtype)), where)
     if any(after for _, after in padding):
         inner = (slice(None), *(slice(0, length) for length in split.lengths))
-        out, lse = out[inner], lse[inner]
+        # No type says that a length is split unevenly: with Explicit axes such an axis comes back whole.
+        batch, *spatial, heads = split.specs().query
+        whole_axes = (None if after else axes for axes, (_, after) in zip(spatial, padding, strict=True))
+        even = PartitionSpec(batch, *whole_axes, heads)
+        out, lse = place(out, even)[inner], place(lse, even)[inner]
     return (out, lse) if return_lse else out

@@ -209,6 +209,15 @@ def test_no_additional_keys_at_all():
     assert grads.extra_key.shape == empty.shape
 
 
+def test_additional_keys_of_an_empty_batch():
+    inputs, spec = Case("none", (9,), 3, extra=2).inputs(np.float32), Case("none", (9,), 3).spec()
+    inputs = jax.tree.map(lambda x: x[:0], inputs)
+    halo = spec.identity_halo(inputs.query)
+    out, lse = _extras.forward(_definition.forward, spec, inputs, halo)
+    grads = _extras.backward(_definition.backward, spec, inputs, out, lse, out, lse, halo)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, inputs)
+
+
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 

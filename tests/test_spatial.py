@@ -135,6 +135,17 @@ def test_explicit_mesh():
     assert set(moved) == {"collective-permute"}, moved
 
 
+def test_explicit_mesh_with_lengths_that_do_not_divide():
+    """Types cannot say that a length is split unevenly: such an axis comes back whole, the others stay split."""
+    mesh = make_mesh(AxisType.Explicit)
+    compare(operands((7, 16)), mesh, P(None, "x", "y"), exact=False, window_size=5)
+    compare(operands((13,)), mesh, P("x", "y"), exact=False, window_size=5, is_causal=True)
+    split = functools.partial(jax_na.sharded_neighborhood_attention, partition=P(None, "x", "y"), mesh=mesh, window_size=5)
+    with jax.set_mesh(mesh):
+        out, lse = jax.eval_shape(functools.partial(split, return_lse=True), *operands((7, 16)).values())
+    assert tuple(out.sharding.spec)[:3] == tuple(lse.sharding.spec)[:3] == (None, None, "y")
+
+
 @pytest.mark.parametrize(
     ("length", "axes", "window", "stride", "dilation", "causal"),
     [(64, "y", 7, 1, 1, False), (64, "y", 7, 1, 1, True), (64, "y", 8, 4, 2, False), (16, ("x", "y"), 7, 1, 1, False)],

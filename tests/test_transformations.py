@@ -493,3 +493,19 @@ def test_zero_size_batch(lead, call):
     assert shapes(function) == values
     assert shapes(gradient(function)) == [rows] * 3
     assert shapes(lambda *given: jax.jvp(function, given, given)) == 2 * values
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_unfused"])
+@pytest.mark.parametrize("lead", [(0,), (0, 1)])
+def test_zero_size_batch_of_other_implementations(lead, implementation):
+    given = (*operands(*lead), *operands(*lead, length=2, count=2))
+
+    def call(query, key, value, extra_key, extra_value):
+        extra = {"additional_keys": extra_key, "additional_values": extra_value}
+        return attend(query, key, value, implementation=implementation, return_lse=True, **extra)
+
+    function = call if len(lead) == 1 else jax.vmap(call)
+    grads = jax.grad(lambda *given: total(function, *given), range(5))
+    assert [x.shape for x in function(*given)] == [given[0].shape, given[0].shape[:-1]]
+    assert [x.shape for x in grads(*given)] == [x.shape for x in given]
+    assert [x.shape for x in jax.jvp(grads, given, given)[1]] == [x.shape for x in given]

@@ -111,13 +111,13 @@ class FullAttention(_Projected):
 
     def __call__(self, x: Array) -> Array:
         """``x [B, length, length, features]`` to the same shape."""
-        query, key, value = (y.reshape(y.shape[0], -1, *y.shape[-2:]) for y in self._heads(x))
+        query, key, value = (y.reshape(y.shape[0], self.length**2, *y.shape[-2:]) for y in self._heads(x))
         rows, columns = np.divmod(np.arange(self.length**2), self.length)
         row, column = (entry[None, :] - entry[:, None] + self.length - 1 for entry in (rows, columns))
         scores = jnp.einsum("bqhd,bkhd->bhqk", query * self.head_dim**-0.5, key, precision=self.precision)
         weights = jax.nn.softmax(scores.astype(jnp.float32) + self.rpb[...][:, row, column], axis=-1)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value, precision=self.precision)
-        return self.proj(F.merge_heads(out).reshape(*x.shape[:-1], -1))
+        return self.proj(F.merge_heads(out.reshape(*x.shape[:-1], *out.shape[-2:])))
 
 
 class StyleBlock(nnx.Module):

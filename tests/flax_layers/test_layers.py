@@ -206,8 +206,27 @@ def test_illegal_inputs():
         layer(jnp.ones((2, 2, 9, 16)))
     with pytest.raises(TypeError, match="window_size must be an integer"):
         flax_layers.NeighborhoodAttention(16, 4, (3.5, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"dilation must be an integer .* got \(True, 1\)"):
+        flax_layers.NeighborhoodAttention(16, 4, (3, 3), dilation=(True, 1), rngs=nnx.Rngs(0))
+    for name, value in (("num_heads", 4.0), ("num_kv_heads", 2.0), ("head_dim", "4")):
+        options = {"num_heads": 4, name: value}
+        with pytest.raises(TypeError, match=f"{name}={value!r}: it must be an integer"):
+            flax_layers.NeighborhoodAttention(16, window_size=(3, 3), **options, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="6 window groups for num_heads=4"):
         flax_layers.HydraNeighborhoodAttention(16, 4, [3] * 6, rank=2, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.5])
+def test_zero_size_batch(dropout_rate):
+    options = {"window_size": (3, 3), "relative_bias": True, "num_kv_heads": 2, "dropout_rate": dropout_rate}
+    layer = flax_layers.NeighborhoodAttention(16, 4, **options, rngs=nnx.Rngs(0))
+    x = tokens(2)[:0]
+    assert call(layer, x).shape == x.shape
+    grads = nnx.jit(nnx.grad(lambda layer: jnp.sum(layer(x))))(layer)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+    params = {"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}
+    module = linen.NeighborhoodAttention(4, **options)
+    assert module.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(0)}).shape == x.shape
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=["1d", "2d", "3d"])
