@@ -74,7 +74,7 @@ def neighborhood_attention(
     Source: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143), "Faster Neighborhood Attention"
     (arXiv 2403.04690), "Generalized Neighborhood Attention" (arXiv 2504.16922).
     """
-    if not (return_weights and implementation in _unfused.PRODUCTS):
+    if not (return_weights and isinstance(implementation, str) and implementation in _unfused.PRODUCTS):
         _backends.check_name(implementation)
     given = Inputs(query, key, value, bias, additional_keys, additional_values)
     inputs = Inputs(*(None if array is None else jnp.asarray(array) for array in given))

@@ -75,7 +75,7 @@ register(Implementation("reference", None, _serves, _definition.forward, _defini
 
 
 def check_name(name: str | None) -> None:
-    if name is not None and name not in IMPLEMENTATIONS:
+    if name is not None and not (isinstance(name, str) and name in IMPLEMENTATIONS):
         raise ValueError(f"implementation={name!r} is unknown: expected None or one of {', '.join(IMPLEMENTATIONS)}")
 
 

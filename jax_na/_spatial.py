@@ -218,6 +218,10 @@ def sharded_neighborhood_attention(
     inputs = Inputs(*(None if array is None else jnp.asarray(array) for array in given))
     context = jax.sharding.get_abstract_mesh()
     mesh = context if mesh is None else mesh
+    if not isinstance(partition, (PartitionSpec, tuple)):
+        raise TypeError(f"partition must be a jax.sharding.PartitionSpec, got {partition!r}")
+    if not isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}")
     if mesh.empty:
         raise ValueError("sharded_neighborhood_attention needs a mesh: pass mesh=..., or call it under jax.set_mesh(mesh)")
     manual = {n for n, kind in zip(context.axis_names, context.axis_types, strict=True) if kind == AxisType.Manual}

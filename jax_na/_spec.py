@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -180,6 +180,12 @@ def check_rank(name: str, array: Array) -> int:
     return rank
 
 
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
+
+
 def check_heads(query_heads: int, kv_heads: int) -> None:
     if kv_heads < 1 or query_heads % kv_heads:
         raise ValueError(
@@ -207,9 +213,7 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
     kv_heads, dim_v = key.shape[-2], value.shape[-1]
     check_shape("key", key, (batch, *spatial, kv_heads, dim), "[batch, *spatial, kv_heads, head_dim] of query")
     check_shape("value", value, (batch, *spatial, kv_heads, dim_v), "[batch, *spatial, kv_heads, value_dim] of key")
-    for name, size in (("head_dim of query", dim), ("head_dim of value", dim_v), ("heads of query", heads)):
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
+    check_sizes({"head_dim of query": dim, "head_dim of value": dim_v, "heads of query": heads})
     check_heads(heads, kv_heads)
     if bias is not None:
         if any(window % 2 == 0 for window in spec.window):
@@ -230,19 +234,30 @@ def check_inputs(inputs: Inputs, spec: Spec) -> None:
         )
 
 
+# The presets of jax.lax.DotAlgorithmPreset that are more exact than a product of 16-bit numbers.
+_ALGORITHMS = dict.fromkeys(("TF32_TF32_F32", "BF16_BF16_F32_X3"), lax.Precision.HIGH) | dict.fromkeys(
+    ("BF16_BF16_F32_X6", "BF16_BF16_F32_X9", "TF32_TF32_F32_X3", "F32_F32_F32", "F64_F64_F64"), lax.Precision.HIGHEST
+)
+
+
 def canonical_precision(precision: Any) -> lax.Precision:
-    """``None`` follows ``jax_default_matmul_precision``; everything jax.lax takes is taken, pairs by their higher entry."""
+    """``None`` follows ``jax_default_matmul_precision``; pairs count by their higher entry, algorithms by what they amount to."""
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined, unused-ignore]
     if precision is None:
         return lax.Precision.DEFAULT
-    if isinstance(precision, tuple):
+    if isinstance(precision, (tuple, list)) and precision:
         return max((canonical_precision(p) for p in precision), key=lambda p: p.value)
     try:
+        if isinstance(precision, str) and precision in lax.DotAlgorithmPreset.__members__:
+            precision = lax.DotAlgorithmPreset[precision]
+        if isinstance(precision, lax.DotAlgorithmPreset):
+            return _ALGORITHMS.get(precision.name, lax.Precision.DEFAULT)
         return lax.Precision(precision)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(
-            f"precision={precision!r}: expected None, 'default', 'high', 'highest', a jax.lax.Precision or a pair of these"
+            f"precision={precision!r}: expected None, 'default', 'high', 'highest', a jax.lax.Precision or a pair of these, "
+            "or a jax.lax.DotAlgorithmPreset"
         ) from None
 
 
@@ -269,7 +284,11 @@ def make_spec(
         query.shape[1 : 1 + rank], window_size, stride, dilation, is_causal, shrink_window
     )
     try:
+        if isinstance(scale, str):
+            raise TypeError
         scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)  # without channels: check_inputs refuses
+    except OverflowError:
+        scale = math.inf
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise TypeError(
             f"scale must be a Python number or None, got {scale!r}: multiply query by a traced scale and pass 1.0"

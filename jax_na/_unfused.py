@@ -104,8 +104,8 @@ def choose(platform: str | None, spec: Spec, dtype: Any, dim: int) -> Products:
     if name is not None:
         if name not in PRODUCTS:
             raise NotImplementedError(
-                f"implementation={name!r} does not have the attention weights in memory: for na_qk, na_av and "
-                f"return_weights expected None or one of {', '.join(PRODUCTS)}"
+                f"implementation={name!r} has no na_qk and na_av: for these and for return_weights expected None or one of "
+                f"{', '.join(PRODUCTS)}"
             )
         reason = PRODUCTS[name].why_not_on(platform, spec, dtype, dim)
         if reason is None and platform == "cuda" and PRODUCTS[name].platforms is not None:

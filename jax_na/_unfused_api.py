@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_na import _backends, _unfused
-from jax_na._spec import Spec, check_dtype, check_heads, check_rank, check_shape, make_spec
+from jax_na._spec import Spec, check_dtype, check_heads, check_rank, check_shape, check_sizes, make_spec
 
 Array = Any
 
@@ -55,7 +55,7 @@ def na_qk(
     Differentiable in query, key and bias, to any order and in both modes. Source: "Faster Neighborhood Attention",
     arXiv 2403.04690.
     """
-    query, key = jnp.asarray(query), jnp.asarray(key)
+    query, key = _given("query", query), _given("key", key)
     bias = None if bias is None else jnp.asarray(bias)
     spec = make_spec(query, window_size, stride, dilation, is_causal, scale, precision, implementation, None, shrink_window)
     check_dtype("query", query)
@@ -101,7 +101,7 @@ def na_av(
     Differentiable in both operands, to any order and in both modes. A value that is not finite may reach, as NaN, queries near
     those that see it: tiled products multiply it by zero. (:func:`jax_na.neighborhood_attention` guards against that.)
     """
-    weights, value = jnp.asarray(weights), jnp.asarray(value)
+    weights, value = _given("weights", weights), _given("value", value)
     check_rank("weights", weights)
     spec = make_spec(weights, window_size, stride, dilation, is_causal, 1.0, precision, implementation, None, shrink_window)
     check_dtype("weights", weights)
@@ -117,6 +117,12 @@ def na_av(
     return _unfused.neighborhood(dataclasses.replace(spec, scale=1.0), weights, value, spec.identity_halo(weights))
 
 
+def _given(name: str, array: Array) -> Array:
+    if array is None:
+        raise TypeError(f"{name} is None: expected an array [batch, *spatial, heads, dim]")
+    return jnp.asarray(array)
+
+
 def _check_per_key(name: str, array: Array, per_query: Array, dim: int) -> None:
     """Shape of an array that holds one row per key, against one that holds one row per query."""
     if array.ndim != per_query.ndim:
@@ -126,10 +132,12 @@ def _check_per_key(name: str, array: Array, per_query: Array, dim: int) -> None:
         )
     expected = (*per_query.shape[:-2], array.shape[-2], dim)
     check_shape(name, array, expected, "[batch, *spatial, kv_heads, dim], batch and spatial axes those of the queries")
+    of_dim, of_heads = ("query", "query") if name == "key" else ("value", "weights")
+    check_sizes({f"head_dim of {of_dim}": dim, f"heads of {of_heads}": per_query.shape[-2]})
     check_heads(per_query.shape[-2], array.shape[-2])
 
 
 def _check_implementation(spec: Spec, array: Array) -> None:
-    if spec.implementation not in _unfused.PRODUCTS:
+    if not (isinstance(spec.implementation, str) and spec.implementation in _unfused.PRODUCTS):
         _backends.check_name(spec.implementation)
     _unfused.choose(None, spec, array.dtype, array.shape[-1])

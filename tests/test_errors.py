@@ -1,9 +1,12 @@
 """Every illegal argument: the right exception, which names the argument, its value and the limit."""
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.lax import DotAlgorithmPreset, Precision
 
 import jax_na
+from jax_na._spec import canonical_precision
 
 Q = jnp.zeros((2, 8, 9, 4, 16))
 K = jnp.zeros((2, 8, 9, 2, 16))
@@ -39,8 +42,12 @@ def attend(query=Q, key=K, value=K, window_size=3, **kwargs):
         (dict(is_causal=1), TypeError, ["is_causal", "1"]),
         (dict(scale=float("nan")), ValueError, ["scale=nan", "finite"]),
         (dict(scale="big"), TypeError, ["scale", "'big'"]),
+        (dict(scale="0.5"), TypeError, ["scale", "'0.5'"]),
+        (dict(scale=10**400), ValueError, ["scale=inf", "finite"]),
         (dict(precision="extreme"), ValueError, ["precision='extreme'", "highest"]),
+        (dict(precision={}), ValueError, ["precision={}", "highest"]),
         (dict(implementation="magic"), ValueError, ["implementation='magic'", "xla", "reference"]),
+        (dict(implementation=["xla"]), ValueError, ["implementation=['xla']", "xla", "reference"]),
         (dict(query=Q[0, 0, 0]), ValueError, ["query", "(4, 16)", "1, 2 or 3 spatial axes"]),
         (dict(query=Q.astype(jnp.int32)), TypeError, ["query", "int32", "bfloat16"]),
         (dict(key=K.astype(jnp.bfloat16)), TypeError, ["key", "bfloat16", "float32"]),
@@ -76,3 +83,20 @@ def test_windows_shrink_on_request():
     small = attend(query, window_size=20, dilation=(1, 2), shrink_window=True)
     fitting = attend(query, window_size=(8, 4), dilation=(1, 2))
     assert (small == fitting).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("BF16_BF16_F32", Precision.DEFAULT),
+        (DotAlgorithmPreset.TF32_TF32_F32, Precision.HIGH),
+        (["high", "default"], Precision.HIGH),
+        ("F32_F32_F32", Precision.HIGHEST),
+    ],
+)
+def test_precision_as_jax_spells_it(given, meant):
+    """The names of algorithms, too, that `jax_default_matmul_precision` may hold."""
+    assert canonical_precision(given) is meant
+    if isinstance(given, str):
+        with jax.default_matmul_precision(given):
+            assert canonical_precision(None) is meant

@@ -358,6 +358,11 @@ def test_errors():
 
     with pytest.raises(ValueError, match="needs a mesh"):
         call(P(None, "x"), mesh=None)
+    with pytest.raises(TypeError, match="mesh must be a jax.sharding.Mesh, got 'x'"):
+        call(P(None, "x"), mesh="x")
+    for partition in (None, NamedSharding(mesh, P(None, "x"))):
+        with pytest.raises(TypeError, match="partition must be a jax.sharding.PartitionSpec, got "):
+            call(partition)
     with pytest.raises(ValueError, match="head dimension"):
         call(P(None, None, None, "x"))
     with pytest.raises(ValueError, match="names 'z', but the mesh has axes x, y"):

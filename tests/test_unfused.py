@@ -551,9 +551,21 @@ def test_errors_name_the_argument_and_the_limit():
         jax_na.na_av(p, x.astype(jnp.bfloat16), 3)
     with pytest.raises(ValueError, match="odd window_size"):
         jax_na.na_qk(x, x, 4, bias=jnp.zeros((4, 7, 7)))
+    for name, call in (("query", jax_na.na_qk), ("weights", jax_na.na_av)):
+        with pytest.raises(TypeError, match=f"{name} is None"):
+            call(None, x, 3)
+    for name, call, first in (("key", jax_na.na_qk, x), ("value", jax_na.na_av, p)):
+        with pytest.raises(TypeError, match=f"{name} is None"):
+            call(first, None, 3)
+    with pytest.raises(ValueError, match="head_dim of query is 0: it must be at least 1"):
+        jax_na.na_qk(x[..., :0], x[..., :0], 3)
+    with pytest.raises(ValueError, match="head_dim of value is 0: it must be at least 1"):
+        jax_na.na_av(p, x[..., :0], 3)
+    with pytest.raises(ValueError, match="heads of query is 0: it must be at least 1"):
+        jax_na.na_qk(x[..., :0, :], x, 3)
     with pytest.raises(ValueError, match="implementation='nonsense' is unknown"):
         jax_na.na_qk(x, x, 3, implementation="nonsense")
-    with pytest.raises(NotImplementedError, match="'xla_unfused' does not have the attention weights"):
+    with pytest.raises(NotImplementedError, match="'xla_unfused' has no na_qk and na_av: .* one of .*xla"):
         jax_na.na_qk(x, x, 3, implementation="xla_unfused")
     with pytest.raises(ValueError, match=r"window_size=9 \* dilation=1 = 9 on spatial axis 0"):
         jax_na.na_qk(x, x, 9)
