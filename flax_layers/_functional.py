@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_na
+from jax_na import _backends, _unfused
 
 Array = Any
 Fit = Literal["error", "shrink", "pad"]
@@ -264,6 +265,13 @@ def crop_bias(bias: Array, window: Sequence[int]) -> Array:
     return bias[(slice(None), *(slice((f + 1) // 2 - w, (f + 1) // 2 + w - 1) for f, w in zip(full, window, strict=True)))]
 
 
+def _pair_of(implementation: str | None) -> str | None:
+    """What a layer's ``implementation`` is called for ``na_qk`` and ``na_av``; ``None``, the best, for one without the pair."""
+    _backends.check_name(implementation)
+    name = _unfused.STORES_WEIGHTS.get(implementation, implementation) if implementation else None
+    return name if name in _unfused.PRODUCTS else None
+
+
 def attend(
     query: Array,
     key: Array,
@@ -283,7 +291,8 @@ def attend(
       geometry: it fits the input (see :func:`fit_geometry`).
       scale, precision, implementation: as in :func:`jax_na.neighborhood_attention`.
       bias: relative positional bias ``[H, 2k-1, ...]``, of this geometry's window or a larger one.
-      dropout: applied to the attention weights, which then have to exist: the unfused pair serves the call.
+      dropout: applied to the attention weights, which then have to exist: the unfused pair serves the call, by
+        ``implementation`` where that has the pair, else by the best that does.
     """
     if bias is not None:
         bias = crop_bias(bias, geometry.window).astype(query.dtype)
@@ -300,9 +309,10 @@ def attend(
             precision=precision,
             implementation=implementation,
         )
-    scores = jax_na.na_qk(query, key, geometry.window, **window, scale=scale, bias=bias, precision=precision)
+    window |= {"precision": precision, "implementation": _pair_of(implementation)}
+    scores = jax_na.na_qk(query, key, geometry.window, **window, scale=scale, bias=bias)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
-    return jax_na.na_av(dropout(weights.astype(value.dtype)), value, geometry.window, **window, precision=precision)
+    return jax_na.na_av(dropout(weights.astype(value.dtype)), value, geometry.window, **window)
 
 
 @dataclasses.dataclass(frozen=True)

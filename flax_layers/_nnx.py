@@ -115,7 +115,8 @@ class NeighborhoodAttention(_Projected):
       projection_dropout_rate: dropout after the output projection.
       fit: what happens to inputs smaller than ``window_size * dilation``: ``"error"``; ``"shrink"`` the dilation, then the
         window, with a :class:`WindowFitWarning`; or ``"pad"`` with zero tokens, as the published PyTorch models do.
-      implementation: ``None`` or a name, as in :func:`jax_na.neighborhood_attention`.
+      implementation: ``None`` or a name, as in :func:`jax_na.neighborhood_attention`. While ``dropout_rate`` acts, one that has
+        no ``na_qk`` and ``na_av`` leaves the choice among those that do.
       dtype: of the computation (default: promoted from input and parameters); ``param_dtype``: of the parameters.
       precision: of the projections and the attention.
       kernel_init, bias_init, rpb_init: initializers.

@@ -216,6 +216,24 @@ def test_illegal_inputs():
         flax_layers.HydraNeighborhoodAttention(16, 4, [3] * 6, rank=2, rngs=nnx.Rngs(0))
 
 
+def test_implementation_while_dropout_acts():
+    """The name counts where it has an unfused pair, and a wrong one is refused in training as in evaluation."""
+
+    def layer(implementation):
+        options = {"dropout_rate": 0.5, "implementation": implementation}
+        return flax_layers.NeighborhoodAttention(16, 4, (3, 3), **options, rngs=nnx.Rngs(0))
+
+    x = tokens(2)
+    with pytest.raises(ValueError, match="implementation='magic' is unknown"):
+        layer("magic")(x)
+    on_cpu = jax.default_device(jax.devices("cpu")[0])
+    with on_cpu, pytest.raises(NotImplementedError, match="'cuda_gemm' cannot serve this call"):
+        layer("cuda_gemm")(tokens(2))
+    outs = [call(layer(name), x) for name in (None, "xla", "xla_unfused", "reference", "cuda_fused")]
+    for out in outs[1:]:
+        np.testing.assert_allclose(out, outs[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.5])
 def test_zero_size_batch(dropout_rate):
     options = {"window_size": (3, 3), "relative_bias": True, "num_kv_heads": 2, "dropout_rate": dropout_rate}
