@@ -116,8 +116,8 @@ class Plan:
 
 # Cost of a step in nanoseconds, fitted to two cores of an x86-64 server; only ratios matter, and they matter little.
 # Fewer pairs than those of a tile with its box are no gain there. For 13x13 windows, backward, 320 keys a query: tiles whose halves
-# share the keys that both reach (256 keys) take as long, though an eighth less processor time with jax 0.10, as their products are
-# smaller; so do boxes of queries around tiles of keys on the last axis (288 keys).
+# share the keys that both reach (256 keys) take as long with jax 0.12 and longer with 0.10, where they need an eighth less time of
+# the processors: their products are small. Boxes of queries around tiles of keys on the last axis (288 keys) do no better.
 _STEP_NS = 10_000.0  # starting the two dozen operations of a step of one tile
 _SCORE_NS = 0.6  # masking, exponential and sums, per score
 _MAC_NS = 0.013  # one multiply-add of a matrix product
