@@ -168,10 +168,14 @@ def check_shape(name: str, array: Array, expected: tuple[int, ...], axes: str) -
         raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {tuple(expected)} = {axes}")
 
 
-def check_rank(name: str, array: Array) -> int:
-    """Number of spatial axes of ``[B, *spatial, H, D]``."""
+def check_given(name: str, array: Array) -> None:
     if array is None:
         raise TypeError(f"{name} is None: expected an array [batch, *spatial, heads, head_dim]")
+
+
+def check_rank(name: str, array: Array) -> int:
+    """Number of spatial axes of ``[B, *spatial, H, D]``."""
+    check_given(name, array)
     rank = array.ndim - 3
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_na import _backends, _unfused
-from jax_na._spec import Spec, check_dtype, check_heads, check_rank, check_shape, check_sizes, make_spec
+from jax_na._spec import Spec, check_dtype, check_given, check_heads, check_rank, check_shape, check_sizes, make_spec
 
 Array = Any
 
@@ -118,8 +118,7 @@ def na_av(
 
 
 def _given(name: str, array: Array) -> Array:
-    if array is None:
-        raise TypeError(f"{name} is None: expected an array [batch, *spatial, heads, dim]")
+    check_given(name, array)
     return jnp.asarray(array)
 
 
